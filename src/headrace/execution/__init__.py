@@ -1,0 +1,1 @@
+"""Runs step plans on torch: kernels, the batch a step computes, sampling, the executor."""

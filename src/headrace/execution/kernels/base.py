@@ -1,0 +1,142 @@
+"""What a decoder needs from a kernel library, and nothing else.
+
+A `Kernels` object owns the precision, the packing of weights and the layout inside a KV page, so a
+model never sees any of them. The residual stream is float32 everywhere; `dtype` is that of weights,
+of the inputs of linear layers, and of cached keys and values.
+
+Every function works on ragged rows and must give each row the same bits whatever other rows are in
+the call when `batch_invariant` is true (it then fixes how each sum is split by the row's own position
+alone).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headrace.execution.batch import Batch
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class Linear(ABC):
+    """A weight [out, in] packed for fast reading, with its optional bias [out]."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheLayer:
+    """Where one layer keeps its keys and values.
+
+    pages: the tensor that `Kernels.allocate_kv` gave for the pool, shared by all groups.
+    group: index into `Batch.tables`.
+    layer: index of the layer inside its group, and so inside each page.
+    """
+
+    pages: Tensor
+    group: int
+    layer: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The constants of one layer's attention.
+
+    scale:   multiplies q·k
+    window:  a query at position p sees keys in (p - window, p]; None sees all of [0, p]
+    softcap: scores become softcap * tanh(scores / softcap); None leaves them
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Kernels(ABC):
+    """One implementation of the operations of a decoder on one device."""
+
+    name: str
+    dtype: torch.dtype
+    batch_invariant: bool
+
+    @abstractmethod
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Pack weight [out, in] (any float dtype) and bias [out] once, at load."""
+
+    @abstractmethod
+    def linear(
+        self, x: Tensor, packed: Linear, *, out_dtype: torch.dtype | None = None, add_to: Tensor | None = None
+    ) -> Tensor:
+        """x [T, in] of `dtype` → x · weightᵀ + bias [T, out], accumulated in float32.
+
+        The result has `out_dtype` (default `dtype`; float32 for logits and for Gemma's post-norms).
+        With `add_to` [T, out] float32 it is added to that tensor in place, unrounded, and that tensor is
+        returned.
+        """
+
+    @abstractmethod
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, hidden] float32 → x / rms(x) * weight, as `dtype`; weight [hidden] float32, offset included.
+
+        With `add_to` [T, hidden] float32 the float32 result is added to it in place and it is returned.
+        """
+
+    @abstractmethod
+    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """gate_up [T, 2 * ffn] of `dtype`, gate first → act(gate) * up, [T, ffn] of `dtype`."""
+
+    @abstractmethod
+    def allocate_kv(
+        self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int
+    ) -> Tensor:
+        """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions, contiguous."""
+
+    @abstractmethod
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        cache: KVCacheLayer,
+        spec: AttentionSpec,
+        cos_sin: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Split qkv [T, (heads + 2 * kv_heads) * head_dim] of `dtype`, rotate, write keys and values.
+
+        Where given, q_norm and k_norm [head_dim] float32 apply an RMS norm to each head first.
+        cos_sin is [max_positions, head_dim] float32: cosines in the first half of a row, sines in the
+        second; rotation pairs dimension i with i + head_dim / 2 (the "neox" pairing that Hugging Face
+        checkpoints use). Keys and values of token t go to the page of its position in `cache`.
+        Returns the rotated q, [T, heads * head_dim] of `dtype`.
+        """
+
+    @abstractmethod
+    def attention(
+        self, q: Tensor, batch: Batch, cache: KVCacheLayer, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """Causal grouped-query attention that reads the KV pages in place.
+
+        q: [T, heads * head_dim] of `dtype`. Returns the output, same shape and dtype, and the natural
+        log-sum-exp of the scores, [T, heads] float32, with which partial results can be merged.
+        """
