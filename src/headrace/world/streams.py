@@ -1,0 +1,187 @@
+"""The real network: TCP and unix sockets through asyncio, on asyncio's own loop and on uvloop alike.
+
+In: addresses as text. Out: `TransportConnection`s over socket transports. Encryption belongs into exactly two
+calls of this file, the `create_server` and the `create_connection` of `StreamNetwork`, which take an
+`ssl.SSLContext`; no other code sees whether a connection is encrypted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+
+from headrace.world.connection import HandlerTasks, TransportConnection
+from headrace.world.network import (
+    UNIX_PREFIX,
+    ConnectFailed,
+    Connection,
+    Handler,
+    Listener,
+    Network,
+    join_host_port,
+    split_host_port,
+)
+
+ACCEPT_BACKLOG = 1024
+"""Connections the kernel completes before they are accepted; its own limit (somaxconn) may be lower."""
+
+
+class StreamNetwork(Network):
+    """Sockets of this machine."""
+
+    async def listen(self, address: str, handler: Handler) -> Listener:
+        if address.startswith(UNIX_PREFIX):
+            path = _unix_path(address)
+            bound = _bind_unix(path)
+            peer = f"{address} (client)"
+        else:
+            path = None
+            bound = await _bind_tcp(address)
+            address = join_host_port(*bound.getsockname()[:2])
+            peer = ""
+        tasks = HandlerTasks(handler)
+        factory = _connections(peer, on_open=tasks.accept)
+        loop = asyncio.get_running_loop()
+        try:
+            if path is not None:
+                server = await loop.create_unix_server(factory, sock=bound, backlog=ACCEPT_BACKLOG)
+            else:
+                server = await loop.create_server(factory, sock=bound, backlog=ACCEPT_BACKLOG)
+        except BaseException:
+            bound.close()
+            raise
+        return _StreamListener(address, server, path)
+
+    async def connect(self, address: str, *, timeout_s: float) -> Connection:
+        loop = asyncio.get_running_loop()
+        factory = _connections(address)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if address.startswith(UNIX_PREFIX):
+                    _, connection = await loop.create_unix_connection(factory, _unix_path(address))
+                else:
+                    host, port = split_host_port(address)
+                    _, connection = await loop.create_connection(factory, host, port)
+        except TimeoutError as error:
+            reason = _describe(error) if error.errno else f"no answer within {timeout_s:g} s"
+            raise ConnectFailed(address, reason) from error
+        except OSError as error:
+            raise ConnectFailed(address, _describe(error)) from error
+        return connection
+
+
+class _SocketConnection(TransportConnection):
+    """A connection over a socket."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not self.peer:
+            peername = transport.get_extra_info("peername")
+            self.peer = join_host_port(*peername[:2]) if peername else "a peer that has left"
+        super().connection_made(transport)
+
+    def abort(self) -> None:
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX and not self.transport.is_closing():
+            # Without this the kernel ends a discarded stream as if it were complete.
+            with contextlib.suppress(OSError):  # the socket is gone: nothing left to reset
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        super().abort()
+
+
+def _connections(
+    peer: str, on_open: Callable[[TransportConnection], None] | None = None
+) -> Callable[[], _SocketConnection]:
+    return lambda: _SocketConnection(peer, on_open)
+
+
+class _StreamListener(Listener):
+    def __init__(self, address: str, server: asyncio.AbstractServer, path: str | None) -> None:
+        self.address = address
+        self._server = server
+        self._path = path
+        self._inode = os.stat(path).st_ino if path is not None else None
+
+    async def close(self) -> None:
+        self._server.close()
+        path, self._path = self._path, None
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == self._inode:  # somebody else's socket may have taken the name
+                    os.unlink(path)
+        await asyncio.sleep(0)  # uvloop closes the listening socket in its next turn
+
+
+async def _bind_tcp(address: str) -> socket.socket:
+    host, port = split_host_port(address)
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _listen_error(address, error) from error
+    family, kind, protocol, _, where = found[0]  # one address, so that port 0 becomes one port
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+    except OSError as error:
+        sock.close()
+        raise _listen_error(address, error) from error
+    return sock
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Bind a socket only its owner may connect to; nobody can before it listens, which is later."""
+    _remove_abandoned(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind(path)
+        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)
+    except OSError as error:
+        sock.close()
+        raise _listen_error(UNIX_PREFIX + path, error) from error
+    return sock
+
+
+def _remove_abandoned(path: str) -> None:
+    """Remove a socket file whose process has died; one that is listened on, or no socket at all, stays."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except OSError:
+        return  # nothing there, or not ours to look at: bind will say what is wrong
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) == errno.ECONNREFUSED:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _unix_path(address: str) -> str:
+    path = address.removeprefix(UNIX_PREFIX)
+    if not path or len(os.fsencode(path)) > 107:  # sockaddr_un holds 108 bytes with the terminator
+        raise ValueError(f"address {address!r}: a unix socket's path has 1 to 107 bytes")
+    return path
+
+
+def _listen_error(address: str, error: OSError) -> OSError:
+    return OSError(error.errno, f"cannot listen at {address}: {_describe(error)}")
+
+
+def _describe(error: OSError) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"the name cannot be resolved ({error.strerror})"
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+        return "nothing listens there"
+    if error.errno:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__

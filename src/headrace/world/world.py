@@ -1,0 +1,43 @@
+"""The World: the one object through which control and engine code reaches the outside.
+
+Code that takes its clock, its chance and its network from here runs unchanged on real machines
+(`real_world`) and in a simulation (`headrace.sim.run`), where time is virtual and the network has faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.world.network import Network
+from headrace.world.random import RandomStreams
+from headrace.world.streams import StreamNetwork
+
+TraceValue = str | int | float | bool | bytes | None
+
+
+def _discard(*event: TraceValue) -> None:
+    """Production keeps no trace."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Network, chance, clock and trace of one host."""
+
+    network: Network
+    random: RandomStreams
+    trace: Callable[..., None] = _discard
+    """`trace("router.choose", request_id, worker)`: an event of TraceValues for the run's trace.
+
+    A simulation hashes the events, so that two runs of one seed can be compared; production drops them.
+    """
+
+    def now(self) -> float:
+        """The running loop's clock in seconds: monotonic, of no particular origin."""
+        return asyncio.get_running_loop().time()
+
+
+def real_world() -> World:
+    """The world of this process: sockets, the operating system's entropy, the real clock."""
+    return World(network=StreamNetwork(), random=RandomStreams.from_os())
