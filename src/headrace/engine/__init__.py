@@ -1,0 +1,27 @@
+"""The engine's core: which tokens of which request run in the next step, and in which KV blocks.
+
+Pure Python, no torch, no clock, no I/O. It reads top to bottom: `limits`, `sequence`, `blocks`, `cache`,
+`plan`, `scheduler`, `engine`.
+"""
+
+from headrace.engine.cache import GroupSpec, KVCache
+from headrace.engine.engine import Engine
+from headrace.engine.limits import ModelLimits, RequestRefused, check_request
+from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
+from headrace.engine.scheduler import Scheduler, SchedulerConfig
+
+__all__ = [
+    "Engine",
+    "Executor",
+    "GroupSpec",
+    "KVCache",
+    "ModelLimits",
+    "RequestRefused",
+    "RowStart",
+    "ScheduledRow",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepPlan",
+    "StepResult",
+    "check_request",
+]

@@ -1,0 +1,186 @@
+"""The KV cache of sequences: groups of layers over one pool of blocks, and the prefix cache between them.
+
+Layers that see the same keys form a *group*: all of the context, or a sliding window of it. Groups share
+one pool, since a block holds `block_size` positions of equally many layers in each. A sequence has one
+block table per group.
+
+A full block's identity is a keyed hash chained over everything that shaped its content: a root (model,
+precision, layout, tenant) and all tokens up to its end. Two sequences with one identity may read one
+block, so a prefix hit is a look-up, and what a tenant's salt separates can never meet.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from headrace.engine.blocks import BlockPool
+from headrace.engine.sequence import Sequence
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Layers that see the same keys. A query at position p sees (p - window, p], or [0, p] for None."""
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a sliding window must cover at least 1 position, got {self.window}")
+
+    def first_visible(self, position: int) -> int:
+        """The oldest position that a query at `position` sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """Blocks that already hold the first `length` positions, as tables per group (-1: not needed)."""
+
+    length: int
+    tables: list[list[int]]
+
+
+class KVCache:
+    """Block tables of sequences over a `BlockPool`, with automatic prefix caching."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        groups: ReadOnlyList[GroupSpec] = (GroupSpec(),),
+        fingerprint: bytes = b"",
+        key: bytes = b"",
+    ) -> None:
+        """`fingerprint` names weights, precision and layout; `key` (at most 64 bytes) keys the hashes."""
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1 position, got {block_size}")
+        if not groups:
+            raise ValueError("a KV cache needs at least one group of layers")
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.groups = tuple(groups)
+        self._fingerprint = fingerprint
+        self._key = key
+
+    def root(self, salt: str) -> bytes:
+        """Where the chain of hashes of a tenant's blocks starts."""
+        text = salt.encode()
+        header = len(self._fingerprint).to_bytes(4, "big") + self._fingerprint
+        return blake2b(header + text, digest_size=_DIGEST_BYTES, key=self._key).digest()
+
+    def peak_blocks(self, length: int, in_flight: int) -> int:
+        """The most blocks one sequence of `length` positions holds at once.
+
+        `in_flight` is how many positions can be scheduled before a window's old blocks come back.
+        """
+        size = self.block_size
+        total = 0
+        for group in self.groups:
+            blocks = -(-length // size)
+            if group.window is not None:
+                blocks = min(blocks, -(-(group.window - 1 + in_flight) // size) + 1)
+            total += blocks
+        return total
+
+    def match(self, sequence: Sequence) -> PrefixHit:
+        """The longest cached prefix that every group can continue from; holds nothing yet.
+
+        At least one position is left to compute, since the last one's logits are wanted.
+        """
+        size = self.block_size
+        most = (len(sequence.tokens) - 1) // size
+        self._hash_up_to(sequence, most)
+        found: list[list[int]] = []
+        for number, group in enumerate(self.groups):
+            row = []
+            for j in range(most):
+                block = self.pool.find(_identity(sequence.hashes[j], number))
+                if block is None:
+                    if group.window is None:
+                        break
+                    block = -1
+                row.append(block)
+            if group.window is None:
+                most = min(most, len(row))
+            found.append(row)
+        while most > 0 and not all(
+            -1 not in row[group.first_visible(most * size) // size : most]
+            for group, row in zip(self.groups, found, strict=True)
+        ):
+            most -= 1
+        tables = []
+        for group, row in zip(self.groups, found, strict=True):
+            first = group.first_visible(most * size) // size
+            tables.append([-1] * min(first, most) + row[first:most])
+        return PrefixHit(most * size, tables)
+
+    def adopt(self, sequence: Sequence, hit: PrefixHit) -> None:
+        """Give a sequence without blocks those of `hit`."""
+        for table in hit.tables:
+            self.pool.hold(block for block in table if block >= 0)
+        sequence.tables = [list(table) for table in hit.tables]
+        sequence.scheduled = sequence.computed = hit.length
+        sequence.published = hit.length // self.block_size
+
+    def missing(self, sequence: Sequence, length: int) -> int:
+        """Blocks to take before positions below `length` can be written."""
+        blocks = -(-length // self.block_size)
+        return sum(max(0, blocks - len(table)) for table in sequence.tables)
+
+    def extend(self, sequence: Sequence, length: int) -> tuple[list[int], ...] | None:
+        """Make room for positions below `length`: the new blocks of each group, or None if too few."""
+        if self.missing(sequence, length) > self.pool.available:
+            return None
+        blocks = -(-length // self.block_size)
+        added = []
+        for table in sequence.tables:
+            new = self.pool.take(max(0, blocks - len(table)))
+            table.extend(new)
+            added.append(new)
+        return tuple(added)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that `computed` has filled, then give back what windows have passed."""
+        full = sequence.computed // self.block_size
+        if full > sequence.published:
+            self._hash_up_to(sequence, full)
+            for j in range(sequence.published, full):
+                for number, table in enumerate(sequence.tables):
+                    if table[j] >= 0:
+                        self.pool.publish(table[j], _identity(sequence.hashes[j], number))
+            sequence.published = full
+            self._trim(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give everything back, the end of the sequence to be evicted first."""
+        for table in sequence.tables:
+            self.pool.release(block for block in reversed(table) if block >= 0)
+        sequence.tables = []
+        sequence.scheduled = sequence.computed = sequence.published = 0
+
+    def _trim(self, sequence: Sequence) -> None:
+        for group, table in zip(self.groups, sequence.tables, strict=True):
+            j = group.first_visible(sequence.computed) // self.block_size - 1
+            while j >= 0 and table[j] >= 0:
+                self.pool.release((table[j],))
+                table[j] = -1
+                j -= 1
+
+    def _hash_up_to(self, sequence: Sequence, blocks: int) -> None:
+        size = self.block_size
+        hashes = sequence.hashes
+        parent = hashes[-1] if hashes else sequence.root
+        for j in range(len(hashes), blocks):
+            content = array("I", sequence.tokens[j * size : (j + 1) * size]).tobytes()
+            parent = blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
+            hashes.append(parent)
+
+
+def _identity(chained: bytes, group: int) -> bytes:
+    return chained + group.to_bytes(2, "big")

@@ -1,0 +1,51 @@
+"""The step loop: schedule, submit, commit.
+
+Plain, overlapped and pipelined execution are this one loop with another `executor.depth`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from headrace.engine.plan import Executor, StepPlan, StepResult
+from headrace.engine.scheduler import Scheduler
+from headrace.protocol.requests import GenerateRequest, SequenceOutput
+
+
+class Engine:
+    """Runs requests on an executor. Not thread-safe; everything happens on one event loop."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
+        self.last_step: tuple[StepPlan, StepResult] | None = None
+        """What the last `step` committed, for those who measure."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_work
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request; a refusal is its ending, in the next outputs."""
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it; unknown or ended ones are left alone."""
+        self.scheduler.cancel(request_id, index)
+
+    async def step(self) -> list[SequenceOutput]:
+        """Fill the executor, wait for its oldest step, and return what has come of it."""
+        self.last_step = None
+        while len(self._in_flight) < self.executor.depth:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        if self._in_flight:
+            plan, future = self._in_flight.popleft()
+            result = await future
+            self.scheduler.commit(plan, result)
+            self.last_step = (plan, result)
+        return self.scheduler.take_outputs()

@@ -1,0 +1,445 @@
+"""Which tokens of which sequences run in the next step, and what follows from a step that ran.
+
+There are no phases. Each step hands out a budget of tokens so that every sequence's `scheduled` catches up
+with what it wants: a prompt in chunks, the rest of a prompt after a prefix hit, one token of a decode, all
+of it again after a preemption. Running sequences come first, the most urgent first, each with at least one
+token; what is left of the budget admits waiting ones in order of rank.
+
+When blocks run out, the sequence of the lowest rank gives up its own and waits, to be computed again. So
+the highest rank always advances, and everything ends: nothing stalls, nothing starves within a priority.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headrace.engine.cache import KVCache, PrefixHit
+from headrace.engine.limits import ModelLimits, RequestRefused, check_request
+from headrace.engine.plan import RowStart, ScheduledRow, StepPlan, StepResult
+from headrace.engine.sequence import Sequence, State
+from headrace.protocol.requests import (
+    ErrorCode,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    RequestError,
+    SequenceOutput,
+    TokenLogprobs,
+    sample_seed,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The limits of one engine. All lengths are in tokens."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 4096
+    reuse_prefix: bool = True
+    steps_in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_waiting", "steps_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can advance in every step"
+            )
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Tokens found there."""
+
+
+class Scheduler:
+    """Plans steps over one `KVCache`. `schedule` and `commit` cost O(sequences that change)."""
+
+    def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
+        self.config = config
+        self.cache = cache
+        self.counters = SchedulerCounters()
+        self._requests: dict[str, list[Sequence]] = {}
+        self._running: list[Sequence] = []  # by rank
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []  # heap; the ended are skipped
+        self._num_waiting = 0
+        self._draining: set[Sequence] = set()  # not running, but named by a step in flight
+        self._rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._submitted: dict[int, list[Sequence]] = {}
+        self._in_flight_tokens = config.max_num_batched_tokens * config.steps_in_flight
+        self._arrivals = 0
+        self._steps = 0
+        self._outputs: list[SequenceOutput] = []
+
+    # ---- what comes in -------------------------------------------------------------------------------
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request, or end it at once with the reason. An id in use is a ValueError."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        try:
+            self._refuse_what_cannot_run(request)
+        except RequestRefused as refused:
+            finish = Finish(FinishReason.ERROR, error=refused.error)
+            for index in range(max(1, request.sampling.n)):
+                self._outputs.append(SequenceOutput(request.request_id, index, finish=finish))
+            return
+        # Without prefix reuse a request still shares blocks among its own samples, and with nobody else.
+        salt = f"shared:{request.cache_salt}" if self.config.reuse_prefix else f"own:{self._arrivals}"
+        root = self.cache.root(salt)
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                rank=(request.priority, self._arrivals, index),
+                seed=sample_seed(request.sampling.seed, index),
+                root=root,
+                state=State.WAITING if index == 0 else State.BLOCKED,
+                tokens=list(request.prompt),
+            )
+            for index in range(request.sampling.n)
+        ]
+        self._arrivals += 1
+        self._requests[request.request_id] = sequences
+        self._num_waiting += len(sequences)
+        heapq.heappush(self._waiting, (sequences[0].rank, sequences[0]))
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or its sample `index`; one that has ended already is left alone."""
+        for sequence in list(self._requests.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._end(sequence, Finish(FinishReason.CANCELLED))
+
+    # ---- what goes out -------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._outputs)
+
+    def take_outputs(self) -> list[SequenceOutput]:
+        """What has happened to sequences since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step and advance `scheduled`; None when there is nothing to compute now."""
+        plan = StepPlan(self._steps, [], [])
+        planned: list[Sequence] = []
+        budget = self.config.max_num_batched_tokens
+        budget = self._schedule_running(plan, planned, budget)
+        self._admit(plan, planned, budget)
+        if not planned:
+            return None
+        self._steps += 1
+        self._submitted[plan.number] = planned
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in a step's result: advance `computed`, append tokens, end, free and publish."""
+        for i, (row, sequence) in enumerate(zip(plan.rows, self._submitted.pop(plan.number), strict=True)):
+            sequence.in_flight -= 1
+            sequence.pending -= row.sample
+            if sequence.state is State.RUNNING:
+                sequence.computed += row.count
+                self.cache.publish(sequence)
+            if sequence.state is not State.ENDED:
+                self._take_result(sequence, i, result)
+            if sequence in self._draining and sequence.in_flight == 0:
+                self._give_back(sequence)
+
+    # ---- planning ------------------------------------------------------------------------------------
+
+    def _schedule_running(self, plan: StepPlan, planned: list[Sequence], budget: int) -> int:
+        """Give every running sequence what it wants, the most urgent first; return what is left."""
+        i = 0
+        while i < len(self._running):
+            sequence = self._running[i]
+            wanted = self._uncomputed(sequence)
+            others = len(self._running) - i - 1  # each is sure of one token
+            count = min(wanted, budget - others)
+            if count > 0:
+                blocks = self._make_room(sequence, sequence.scheduled + count)
+                if blocks is not None:
+                    self._plan_row(plan, planned, sequence, count, blocks)
+                    budget -= count
+            i += 1
+        return budget
+
+    def _make_room(self, sequence: Sequence, length: int) -> tuple[list[int], ...] | None:
+        """Blocks for positions below `length`, taken from lower ranks where needed.
+
+        None: the sequence, the last in rank, has given up its own; or blocks are on their way from
+        sequences that a step in flight still names, and it waits for them.
+        """
+        while (blocks := self.cache.extend(sequence, length)) is None:
+            if self._draining:
+                return None
+            victim = self._running[-1]
+            if victim is not sequence or len(self._running) > 1:
+                self._preempt(victim)
+            elif sequence.in_flight == 0:
+                self._end(sequence, self._out_of_blocks(sequence))
+            if sequence.state is not State.RUNNING or sequence is victim:
+                return None
+        return blocks
+
+    def _admit(self, plan: StepPlan, planned: list[Sequence], budget: int) -> None:
+        """Start waiting sequences in order of rank while rows, blocks and budget last."""
+        while budget > 0 and (sequence := self._first_waiting()) is not None:
+            if sequence.in_flight:
+                return  # preempted a moment ago; its last step still runs
+            if not self._rows and not self._preempt_for(sequence):
+                return
+            hit = self.cache.match(sequence) if sequence.reads_cache else None
+            if not self._fits(sequence, hit):
+                if self._preempt_for(sequence):
+                    continue
+                if self._running or self._draining:
+                    return
+                self._end(sequence, self._out_of_blocks(sequence))
+                continue
+            budget -= self._start(plan, planned, sequence, hit, budget)
+
+    def _fits(self, sequence: Sequence, hit: PrefixHit | None) -> bool:
+        """Whether all that is known of a sequence fits, with a block to grow for each running one."""
+        length = len(sequence.tokens)
+        needed = self.cache.peak_blocks(length, self._in_flight_tokens)
+        available = self.cache.pool.available
+        if hit is not None:
+            found = [block for table in hit.tables for block in table if block >= 0]
+            needed -= len(found)
+            available -= sum(not self.cache.pool.is_held(block) for block in found)
+        return needed + len(self._running) * len(self.cache.groups) <= available
+
+    def _start(
+        self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, hit: PrefixHit | None, budget: int
+    ) -> int:
+        """Move the first waiting sequence to a row and plan its first tokens; return how many."""
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        sequence.state = State.RUNNING
+        sequence.row = self._rows.pop()
+        insort(self._running, sequence, key=_rank)
+        self.cache.adopt(sequence, hit or PrefixHit(0, [[] for _ in self.cache.groups]))
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            self.counters.prefix_queries += sequence.prompt_length
+            self.counters.prefix_hits += sequence.computed
+        plan.starts.append(
+            RowStart(
+                row=sequence.row,
+                tokens=list(sequence.tokens),
+                prompt_length=sequence.prompt_length,
+                sampling=sequence.params,
+                seed=sequence.seed,
+                prompt_logprobs=None if sequence.reads_cache else sequence.params.prompt_logprobs,
+                tables=[list(table) for table in sequence.tables],
+            )
+        )
+        count = min(self._uncomputed(sequence), budget)
+        blocks = self.cache.extend(sequence, sequence.scheduled + count)
+        if blocks is None:
+            raise RuntimeError("a sequence was admitted without room for its first tokens")
+        self._plan_row(plan, planned, sequence, count, blocks)
+        return count
+
+    def _plan_row(
+        self,
+        plan: StepPlan,
+        planned: list[Sequence],
+        sequence: Sequence,
+        count: int,
+        blocks: tuple[list[int], ...],
+    ) -> None:
+        if sequence.row is None:
+            raise RuntimeError("a running sequence has no row")
+        sample = sequence.scheduled + count == sequence.wanted
+        plan.rows.append(ScheduledRow(sequence.row, sequence.scheduled, count, sample, blocks))
+        planned.append(sequence)
+        sequence.scheduled += count
+        sequence.pending += sample
+        sequence.in_flight += 1
+
+    def _uncomputed(self, sequence: Sequence) -> int:
+        """Positions to compute now. The last token that a sequence may have is never computed."""
+        most = min(sequence.prompt_length + sequence.params.max_tokens, self.config.max_model_len) - 1
+        return min(sequence.wanted, most) - sequence.scheduled
+
+    # ---- consequences --------------------------------------------------------------------------------
+
+    def _take_result(self, sequence: Sequence, i: int, result: StepResult) -> None:
+        """Append what a step sampled, report it, and end the sequence where a token ends it."""
+        if i in result.prompt_logprobs and not sequence.prompt_logprobs_done:
+            sequence.prompt_logprobs.extend(result.prompt_logprobs[i])
+        tokens = result.tokens[i]
+        if not tokens:
+            return
+        taken, finish = 0, None
+        while finish is None and taken < len(tokens):
+            sequence.tokens.append(tokens[taken])
+            taken += 1
+            finish = self._finish_after(sequence)
+        prompt_logprobs = None
+        if not sequence.reads_cache:
+            sequence.prompt_logprobs_done = True
+            prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        logprobs: list[TokenLogprobs] | None = result.logprobs.get(i)
+        self._outputs.append(
+            SequenceOutput(
+                sequence.request.request_id,
+                sequence.index,
+                tokens[:taken],
+                logprobs[:taken] if logprobs is not None else None,
+                prompt_logprobs,
+                sequence.cached_tokens if sequence.output_length == taken else None,
+                finish,
+            )
+        )
+        if sequence.index == 0:
+            self._unblock_samples(sequence)
+        if finish is not None:
+            self._remove(sequence)
+
+    def _finish_after(self, sequence: Sequence) -> Finish | None:
+        """Whether the last token ends its sequence. Before min_tokens the executor samples no stop token."""
+        token, params = sequence.tokens[-1], sequence.params
+        if token in params.stop_token_ids or (token in self.config.eos_token_ids and not params.ignore_eos):
+            return Finish(FinishReason.STOP, stop_token=token)
+        if sequence.output_length >= params.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
+            return Finish(FinishReason.LENGTH)
+        return None
+
+    def _preempt_for(self, sequence: Sequence) -> bool:
+        """Preempt the last running sequence for a more urgent one (not merely an earlier one).
+
+        True if its row and blocks are free now, not only once a step in flight is committed.
+        """
+        if self._draining or not self._running:
+            return False
+        victim = self._running[-1]
+        if victim.request.priority <= sequence.request.priority:
+            return False
+        self._preempt(victim)
+        return victim.in_flight == 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the blocks of a running sequence; it waits at its rank and is computed again."""
+        self.counters.preemptions += 1
+        self._running.remove(sequence)
+        sequence.state = State.WAITING
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._leave(sequence)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        """End a sequence for a reason other than its tokens."""
+        self._outputs.append(SequenceOutput(sequence.request.request_id, sequence.index, finish=finish))
+        self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take an ended sequence out of everything; its ending is already among the outputs."""
+        if sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+            self._leave(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.state = State.ENDED
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+        elif sequence.index == 0:
+            self._unblock_samples(sequence)
+
+    def _unblock_samples(self, first: Sequence) -> None:
+        """Let samples 1.. go: the prompt's blocks are there to be shared."""
+        for sample in self._requests.get(first.request.request_id, ()):
+            if sample.state is State.BLOCKED:
+                sample.state = State.WAITING
+                heapq.heappush(self._waiting, (sample.rank, sample))
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.in_flight:
+            self._draining.add(sequence)
+        else:
+            self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Return row and blocks: no step in flight names them."""
+        self._draining.discard(sequence)
+        if sequence.row is None:
+            raise RuntimeError("a sequence gave its row back twice")
+        self._rows.append(sequence.row)
+        sequence.row = None
+        sequence.prompt_logprobs = []
+        self.cache.release(sequence)
+
+    def _first_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].state is not State.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    # ---- refusals ------------------------------------------------------------------------------------
+
+    def _refuse_what_cannot_run(self, request: GenerateRequest) -> None:
+        """Raise RequestRefused where a request can never be served, or the queue is full."""
+        check_request(request, ModelLimits(self.config.max_model_len, self.config.vocab_size))
+        pool = self.cache.pool
+        needed = self.cache.peak_blocks(len(request.prompt), self._in_flight_tokens)
+        if needed > pool.total:
+            raise RequestRefused(
+                ErrorCode.INVALID,
+                f"the prompt needs {needed} KV blocks and the cache has {pool.total} "
+                f"(block_size {self.cache.block_size}); shorten it or raise --kv-cache-memory",
+                "prompt",
+            )
+        if self._num_waiting + request.sampling.n > self.config.max_waiting:
+            raise RequestRefused(
+                ErrorCode.OVERLOADED,
+                f"{self._num_waiting} sequences wait and the limit is {self.config.max_waiting}",
+            )
+
+    def _out_of_blocks(self, sequence: Sequence) -> Finish:
+        pool = self.cache.pool
+        return Finish(
+            FinishReason.ERROR,
+            error=RequestError(
+                ErrorCode.OUT_OF_BLOCKS,
+                f"after {sequence.output_length} output tokens the sequence of {len(sequence.tokens)} needs "
+                f"more than the {pool.total} blocks of the KV cache (block_size {self.cache.block_size}); "
+                "ask for fewer tokens or raise --kv-cache-memory",
+                "max_tokens",
+            ),
+        )
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence that has not ended, for those who check invariants."""
+        for group in self._requests.values():
+            yield from group
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
