@@ -71,6 +71,11 @@ class Kernels(ABC):
     dtype: torch.dtype
     batch_invariant: bool
 
+    @property
+    @abstractmethod
+    def busy_s(self) -> float:
+        """Seconds spent inside kernels since this object was made."""
+
     @abstractmethod
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Pack weight [out, in] (any float dtype) and bias [out] once, at load."""

@@ -1,0 +1,155 @@
+"""The executor that runs step plans on a torch decoder, in this process.
+
+It keeps one row of state for each running sequence: its tokens, block tables and sampler. A plan says what
+is new; the runner gathers the step's tokens, runs the decoder once, and samples where the plan asks. It
+knows neither requests nor why a row runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import torch
+
+from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
+from headrace.execution.batch import Batch
+from headrace.execution.sampler import RowSampler, token_logprobs
+from headrace.models import Decoder
+from headrace.protocol.requests import TokenLogprobs
+
+
+class TorchExecutor(Executor):
+    """Runs each plan to its end inside `submit`."""
+
+    depth = 1
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        rows: int,
+        groups: int,
+        max_model_len: int,
+        block_size: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._decoder = decoder
+        self._block_size = block_size
+        self._eos_token_ids = eos_token_ids
+        self._tokens = np.zeros((rows, max_model_len), np.int32)
+        blocks = -(-max_model_len // block_size)
+        self._tables = [np.full((rows, blocks), -1, np.int32) for _ in range(groups)]
+        self._blocks_known = np.zeros((groups, rows), np.int64)
+        self._samplers: list[RowSampler | None] = [None] * rows
+        self._prompts: list[RowStart | None] = [None] * rows
+        """The start of each row whose prompt log-probabilities are wanted."""
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        future.set_result(self.run(plan))
+        return future
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """One step: forward over all rows, then a token for each row that samples."""
+        for start in plan.starts:
+            self._start(start)
+        kernel_s = self._decoder.kernels.busy_s
+        hidden = self._decoder.forward(self._batch(plan.rows))
+        tokens, logprobs = self._sample(plan, hidden)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        return StepResult(tokens, logprobs, prompt_logprobs, self._decoder.kernels.busy_s - kernel_s)
+
+    # ---- before the forward pass ---------------------------------------------------------------------
+
+    def _start(self, start: RowStart) -> None:
+        row = start.row
+        self._tokens[row, : len(start.tokens)] = start.tokens
+        for group, table in enumerate(start.tables):
+            self._tables[group][row, : len(table)] = table
+            self._blocks_known[group, row] = len(table)
+        self._samplers[row] = RowSampler(start, self._decoder.config.vocab_size, self._eos_token_ids)
+        self._prompts[row] = None if start.prompt_logprobs is None else start
+
+    def _batch(self, rows: list[ScheduledRow]) -> Batch:
+        counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        token_ids = np.empty(query_start[-1], np.int32)
+        positions = np.empty(query_start[-1], np.int32)
+        context = np.empty(len(rows), np.int32)
+        for i, row in enumerate(rows):
+            end = row.start + row.count
+            if any(row.new_blocks):
+                self._append_blocks(row)
+            span = slice(query_start[i], query_start[i + 1])
+            token_ids[span] = self._tokens[row.row, row.start : end]
+            positions[span] = row.start if row.count == 1 else np.arange(row.start, end)
+            context[i] = end
+        indices = [row.row for row in rows]
+        used = -(-int(context.max()) // self._block_size)
+        return Batch(
+            torch.from_numpy(token_ids),
+            torch.from_numpy(positions),
+            torch.from_numpy(query_start),
+            torch.from_numpy(context),
+            tuple(torch.from_numpy(table[indices, :used]) for table in self._tables),
+        )
+
+    def _append_blocks(self, row: ScheduledRow) -> None:
+        for group, blocks in enumerate(row.new_blocks):
+            known = self._blocks_known[group, row.row]
+            self._tables[group][row.row, known : known + len(blocks)] = blocks
+            self._blocks_known[group, row.row] += len(blocks)
+
+    # ---- after it ------------------------------------------------------------------------------------
+
+    def _sample(
+        self, plan: StepPlan, hidden: torch.Tensor
+    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
+        """A token for each row that samples, from the hidden state of its last position."""
+        tokens: list[list[int]] = [[] for _ in plan.rows]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        last, sampling = -1, []
+        for i, row in enumerate(plan.rows):
+            last += row.count
+            if row.sample:
+                sampling.append((i, row, last))
+        if not sampling:
+            return tokens, logprobs
+        indices = torch.tensor([last for _, _, last in sampling])
+        logits = self._decoder.logits(hidden[indices]).numpy()
+        for (i, row, _), row_logits in zip(sampling, logits, strict=True):
+            sampler = self._samplers[row.row]
+            if sampler is None:
+                raise RuntimeError(f"row {row.row} runs before it was started")
+            position = row.start + row.count
+            token = sampler.sample(row_logits, position)
+            if position < self._tokens.shape[1]:
+                self._tokens[row.row, position] = token
+            tokens[i].append(token)
+            if sampler.wants_logprobs is not None:
+                logprobs[i] = [token_logprobs(row_logits, token, sampler.wants_logprobs)]
+        return tokens, logprobs
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        """For each row that asks: of the prompt tokens that this step's positions predict."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        begin = 0
+        for i, row in enumerate(plan.rows):
+            start = self._prompts[row.row]
+            if start is not None and start.prompt_logprobs is not None:
+                count = min(row.count, start.prompt_length - 1 - row.start)
+                if count > 0:
+                    logits = self._decoder.logits(hidden[begin : begin + count]).numpy()
+                    targets = start.tokens[row.start + 1 : row.start + 1 + count]
+                    found[i] = [
+                        token_logprobs(row_logits, token, start.prompt_logprobs)
+                        for row_logits, token in zip(logits, targets, strict=True)
+                    ]
+            begin += row.count
+        return found
