@@ -18,6 +18,8 @@ from headrace.execution.sampler import RowSampler, token_logprobs
 from headrace.models import Decoder
 from headrace.protocol.requests import TokenLogprobs
 
+_LOGIT_ROWS = 32  # prompt positions whose logits are in memory at once: [32, vocab] float32
+
 
 class TorchExecutor(Executor):
     """Runs each plan to its end inside `submit`."""
@@ -144,10 +146,12 @@ class TorchExecutor(Executor):
             start = self._prompts[row.row]
             if start is not None and start.prompt_logprobs is not None:
                 count = min(row.count, start.prompt_length - 1 - row.start)
-                if count > 0:
-                    logits = self._decoder.logits(hidden[begin : begin + count]).numpy()
-                    targets = start.tokens[row.start + 1 : row.start + 1 + count]
-                    found[i] = [
+                found[i] = []
+                for j in range(0, count, _LOGIT_ROWS):
+                    upto = min(count, j + _LOGIT_ROWS)
+                    logits = self._decoder.logits(hidden[begin + j : begin + upto]).numpy()
+                    targets = start.tokens[row.start + 1 + j : row.start + 1 + upto]
+                    found[i] += [
                         token_logprobs(row_logits, token, start.prompt_logprobs)
                         for row_logits, token in zip(logits, targets, strict=True)
                     ]

@@ -1,0 +1,56 @@
+# Every target does its own set-up. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= smollm2-135m
+SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
+
+.PHONY: help demo serve test test-sim lint format bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.headrace: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing Headrace into $(VENV); the first time takes a few minutes ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@ $(VENV)/.native
+
+$(VENV)/.native: $(VENV)/.headrace $(SOURCES)
+	@echo "Building the native kernels ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.native
+	@echo "Installing what the checks need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.native ## install, fetch a small model, serve it, talk to it, stop
+	@$(BIN)/headrace demo
+
+serve: $(VENV)/.native ## serve MODEL (default smollm2-135m) on http://127.0.0.1:8000
+	@$(BIN)/headrace serve $(MODEL)
+
+test: $(VENV)/.dev ## the test suite
+	@$(BIN)/python -m pytest
+
+test-sim: $(VENV)/.dev ## the property and simulation tests with 20 times the examples
+	@HEADRACE_EXAMPLES=20 $(BIN)/python -m pytest --timeout 3600 tests/engine tests/sim tests/world
+
+lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
+	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/ruff format --check src tests benchmarks
+	@$(BIN)/mypy
+	@PYTHONPATH=src $(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev ## let ruff format the code
+	@$(BIN)/ruff check --fix-only src tests benchmarks
+	@$(BIN)/ruff format src tests benchmarks
+
+bench: $(VENV)/.dev ## tokens per second at batch sizes 1, 8 and 32, and the share of a step that is not a kernel
+	@$(BIN)/python benchmarks/engine.py
+
+clean: ## remove what the targets made here (models in the cache stay)
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis
