@@ -1,6 +1,6 @@
 """The messages between a gateway and an engine, one tagged union for each direction.
 
-A worker dials in and says `Hello`; from then on the gateway submits and cancels, and the worker answers each
+A worker dials in and says `Hello` (or `StartFailed`); from then on the gateway submits and cancels, and the worker answers each
 sequence with outputs, the last of which carries its one ending.
 """
 
@@ -35,6 +35,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool
     threads: int
     pid: int
+    notes: tuple[str, ...] = ()
+    """What the engine decided at start-up and why, in words, one decision a line."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +69,13 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     engine: EngineInfo
 
 
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The first and last word of a worker whose engine cannot be built as asked; a new attempt would fail too."""
+
+    message: str
+    """What was wrong, the limit, and what to do."""
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
     """What one step brought; one message a step."""
 
@@ -95,5 +104,5 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """Finish what was accepted, say `Drained`, and exit."""
 
 
-FromWorker = Hello | Outputs | Drained
+FromWorker = Hello | StartFailed | Outputs | Drained
 FromGateway = Submit | Cancel | Drain

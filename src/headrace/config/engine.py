@@ -1,0 +1,64 @@
+"""What one engine is asked to be: the options that travel from the command line to the engine's process.
+
+The one place where their defaults live. "auto" and None are decided by the engine when it knows model and
+machine; what it decided comes back in `EngineInfo`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+KernelLibrary = Literal["auto", "native", "reference"]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine. Lengths in tokens, memory in bytes. Raises ValueError that names the option and its limit."""
+
+    directory: str
+    """The model's directory in Hugging Face layout, as `store.resolve` found it."""
+    served_name: str
+    dtype: Dtype = "auto"
+    """Of weights, activations and KV cache; auto is bfloat16 where the processor computes in it."""
+    threads: int = msgspec.field(default_factory=usable_cores)
+    max_model_len: int | None = None
+    """Prompt and output together; None is what the model was trained for, or what the KV cache holds."""
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 512
+    """Tokens computed in one step; longer prompts are prefilled in chunks."""
+    max_waiting: int = 1024
+    """Sequences that may wait for their first step; more are refused."""
+    kv_cache_memory: int = 1 << 30
+    block_size: int = 16
+    """Positions of one KV block."""
+    prefix_caching: bool = True
+    batch_invariant: bool = False
+    kernels: KernelLibrary = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(
+                f"max_model_len must be at least 2, one token of prompt and one of output, "
+                f"got {self.max_model_len}"
+            )
+        if self.kv_cache_memory < 1:
+            raise ValueError(f"kv_cache_memory must be at least 1 byte, got {self.kv_cache_memory}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can advance in every step"
+            )
