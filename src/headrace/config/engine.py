@@ -23,7 +23,7 @@ def usable_cores() -> int:
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One engine. Lengths in tokens, memory in bytes. Raises ValueError that names the option and its limit."""
+    """One engine. Lengths in tokens, memory in bytes. ValueError names the option and its limit."""
 
     directory: str
     """The model's directory in Hugging Face layout, as `store.resolve` found it."""

@@ -1,7 +1,7 @@
 """The messages between a gateway and an engine, one tagged union for each direction.
 
-A worker dials in and says `Hello` (or `StartFailed`); from then on the gateway submits and cancels, and the worker answers each
-sequence with outputs, the last of which carries its one ending.
+A worker dials in and says `Hello` (or `StartFailed`); from then on the gateway submits and cancels, and the
+worker answers each sequence with outputs, the last of which carries its one ending.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """The first and last word of a worker whose engine cannot be built as asked; a new attempt would fail too."""
+    """The only word of a worker whose engine cannot be built as asked; another attempt would fail too."""
 
     message: str
     """What was wrong, the limit, and what to do."""
