@@ -136,6 +136,18 @@ class Scheduler:
         return self._num_waiting
 
     @property
+    def held_tokens(self) -> int:
+        """Positions that held blocks carry, over all groups. O(running).
+
+        Only full blocks are shared, so what is empty is counted once in the tables of its one holder.
+        """
+        size = self.cache.block_size
+        empty = sum(
+            len(table) * size - sequence.computed for sequence in self._running for table in sequence.tables
+        )
+        return self.cache.pool.held * size - empty
+
+    @property
     def has_work(self) -> bool:
         return bool(self._requests or self._outputs)
 
