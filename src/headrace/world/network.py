@@ -136,7 +136,7 @@ class Network(ABC):
 
     @abstractmethod
     async def connect(self, address: str, *, timeout_s: float) -> Connection:
-        """Open a connection within `timeout_s` seconds. Raises ConnectFailed, ValueError for a bad address."""
+        """Open a connection within `timeout_s` seconds. Raises ConnectFailed; ValueError for no address."""
 
 
 def split_host_port(address: str) -> tuple[str, int]:
