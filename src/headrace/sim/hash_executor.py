@@ -1,0 +1,395 @@
+"""An executor whose KV blocks hold the chain of tokens itself: the sharp tool of proof.
+
+Every position writes one 64-bit value per KV group into its block: a hash of its token, its position, its
+group and of *all* values it can see, read back through the row's block table in every step. The next token
+is a hash of the last position's values. A tiny transformer's argmax often survives a wrong key; here one
+stale, foreign, unwritten or misplaced value anywhere in the context changes every token that follows, and
+`expected_tokens` says, without any blocks, what a request must produce.
+
+What cannot be right whatever the values are (a position behind the window's blocks, a row or a block
+handed out while a step in flight still names it) raises `PlanError`.
+
+It runs on any event loop, so the same proof holds in real and in virtual time. No torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.engine.cache import GroupSpec, KVCache
+from headrace.engine.engine import Engine
+from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
+from headrace.engine.scheduler import Scheduler, SchedulerConfig
+from headrace.protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs, sample_seed
+
+_MASK = (1 << 64) - 1
+
+
+class PlanError(RuntimeError):
+    """A plan that no executor could run: it names a row, a position or a block that it may not."""
+
+
+def _mix(x: int) -> int:
+    """A bijection of 64-bit integers that avalanches: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True, slots=True)
+class HashModel:
+    """What stands in for weights: everything but blocks that decides which token comes next."""
+
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    groups: tuple[GroupSpec, ...] = (GroupSpec(),)
+
+    def chain(self, group: int, start: int, tokens: Sequence[int], context: list[int]) -> list[int]:
+        """Values of positions start, start + 1, … of `tokens`.
+
+        `context` holds the values that position `start` sees before itself, oldest first, read from
+        wherever the caller keeps them. Each value counts with a weight of its position, so that values
+        in another order are another context.
+        """
+        window = self.groups[group].window
+        oldest = start - len(context)
+        seen = [*context]
+        digest = sum(value * (2 * q + 1) for q, value in enumerate(context, oldest)) & _MASK
+        for p, token in enumerate(tokens, start):
+            value = _mix(_mix(digest ^ token) ^ (p << 16 | group))
+            seen.append(value)
+            digest += value * (2 * p + 1)
+            if window is not None and (gone := p - window + 1) >= 0:
+                digest -= seen[gone - oldest] * (2 * gone + 1)
+            digest &= _MASK
+        return seen[len(context) :]
+
+    def draw(self, values: Sequence[int]) -> int:
+        """64 bits of chance that depend on the values of one position in every group."""
+        state = 0
+        for value in values:
+            state = _mix(state ^ value)
+        return state
+
+    def next_token(self, values: Sequence[int], params: SamplingParams, seed: int, outputs: int) -> int:
+        """The token after a position with these values, when `outputs` tokens have been generated."""
+        bits = self.draw(values)
+        if params.temperature > 0:
+            bits = _mix(bits ^ seed)
+        token = bits % self.vocab_size
+        if outputs < params.min_tokens:
+            stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+            for _ in range(self.vocab_size):
+                if token not in stops:
+                    break
+                token = (token + 1) % self.vocab_size
+        return token
+
+    def logprobs(self, values: Sequence[int], token: int, top: int) -> TokenLogprobs:
+        """Made up, but a function of everything a real one depends on."""
+        bits = _mix(self.draw(values) ^ token)
+        likely = [((bits + j) % self.vocab_size, -0.5 * (j + 1)) for j in range(top)]
+        return TokenLogprobs(token, -(bits >> 40) / (1 << 20), 1 + bits % self.vocab_size, likely)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one sample of a request produces when nothing disturbs it."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None
+
+
+def expected(request: GenerateRequest, index: int, model: HashModel, max_model_len: int) -> Expected:
+    """Sample `index` of a request, computed from plain lists: no blocks, no steps, no company."""
+    params = request.sampling
+    seed = sample_seed(params.seed, index)
+    tokens = list(request.prompt)
+    values: list[list[int]] = [[] for _ in model.groups]
+    while True:
+        for number, (group, row) in enumerate(zip(model.groups, values, strict=True)):
+            start = len(row)
+            seen = row[group.first_visible(start) :]
+            row.extend(model.chain(number, start, tokens[start:], seen))
+        outputs = len(tokens) - len(request.prompt)
+        token = model.next_token([row[-1] for row in values], params, seed, outputs)
+        tokens.append(token)
+        if token in params.stop_token_ids or (token in model.eos_token_ids and not params.ignore_eos):
+            break
+        if outputs + 1 == params.max_tokens or len(tokens) >= max_model_len:
+            break
+
+    def report(first: int, last: int, top: int | None) -> list[TokenLogprobs] | None:
+        if top is None:
+            return None
+        columns = list(zip(*values, strict=True))
+        return [model.logprobs(columns[p - 1], tokens[p], top) for p in range(first, last)]
+
+    length = len(request.prompt)
+    return Expected(
+        tokens[length:],
+        report(length, len(tokens), params.logprobs),
+        report(1, length, params.prompt_logprobs) if index == 0 else None,
+    )
+
+
+def expected_tokens(request: GenerateRequest, index: int, model: HashModel, max_model_len: int) -> list[int]:
+    """The output tokens of sample `index`, its stop token included, when nothing disturbs it."""
+    return expected(request, index, model, max_model_len).tokens
+
+
+@dataclass(slots=True)
+class _Row:
+    """State that outlives a step. `tokens` may be ahead of what the scheduler has seen."""
+
+    tokens: list[int]
+    prompt_length: int
+    sampling: SamplingParams
+    seed: int
+    prompt_logprobs: int | None
+    tables: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    result: StepResult
+    future: asyncio.Future[StepResult]
+    duration_s: float
+    number: int
+    rows: frozenset[int]
+    blocks: frozenset[int]
+    written: frozenset[int]
+
+
+class HashExecutor(Executor):
+    """Runs plans of a `HashModel` over one array of blocks that all groups share.
+
+    A step takes `step_s + token_s * tokens` seconds of the running loop's clock, one step after another;
+    results come in order. With a depth of 1 and no modelled time, `submit` returns a future that is done.
+    """
+
+    def __init__(
+        self,
+        model: HashModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 1,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1 step in flight, got {depth}")
+        self.model = model
+        self.depth = depth
+        self.block_size = block_size
+        self.step_s = step_s
+        self.token_s = token_s
+        # [num_blocks, block_size]: what no step has written is noise, never a value that could be right
+        self.values = np.random.default_rng(0).integers(
+            0, _MASK, size=(num_blocks, block_size), dtype=np.uint64, endpoint=True
+        )
+        self._rows: dict[int, _Row] = {}
+        self._in_flight: deque[_InFlight] = deque()
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Run a plan now and deliver its result when the modelled time has passed.
+
+        Raises PlanError, stating the row and the block, where the plan breaks the executor's contract.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+        for start in plan.starts:
+            self._start(start)
+        for row in plan.rows:
+            self._append_blocks(row)
+        duration_s = self.step_s + self.token_s * plan.tokens
+        read: set[int] = set()
+        written: set[int] = set()
+        result = self._run(plan, duration_s, read, written)
+        if self.depth == 1 and duration_s == 0:
+            future.set_result(result)
+            return future
+        rows = frozenset(row.row for row in plan.rows)
+        self._in_flight.append(
+            _InFlight(
+                result, future, duration_s, plan.number, rows, frozenset(read | written), frozenset(written)
+            )
+        )
+        if len(self._in_flight) == 1:
+            self._deliver_later()
+        return future
+
+    def close(self) -> None:
+        """Void all rows. A step still in flight, which there should not be, is cancelled."""
+        for step in self._in_flight:
+            step.future.cancel()
+        self._in_flight.clear()
+        self._rows.clear()
+
+    # ---- delivery ------------------------------------------------------------------------------------
+
+    def _deliver_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if duration_s := self._in_flight[0].duration_s:
+            loop.call_later(duration_s, self._deliver)
+        else:
+            loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        if not self._in_flight:
+            return  # closed meanwhile
+        step = self._in_flight.popleft()
+        if not step.future.done():
+            step.future.set_result(step.result)
+        if self._in_flight:
+            self._deliver_later()
+
+    # ---- the contract --------------------------------------------------------------------------------
+
+    def _start(self, start: RowStart) -> None:
+        for step in self._in_flight:
+            if start.row in step.rows:
+                raise PlanError(f"row {start.row} is given away while step {step.number} still runs it")
+            adopted = {block for table in start.tables for block in table}
+            if early := adopted & step.written:
+                raise PlanError(
+                    f"row {start.row} reads blocks {sorted(early)} while step {step.number} still writes them"
+                )
+        self._rows[start.row] = _Row(
+            list(start.tokens),
+            start.prompt_length,
+            start.sampling,
+            start.seed,
+            start.prompt_logprobs,
+            [list(table) for table in start.tables],
+        )
+
+    def _append_blocks(self, row: ScheduledRow) -> None:
+        if row.row not in self._rows:
+            raise PlanError(f"row {row.row} runs and was never started")
+        for table, blocks in zip(self._rows[row.row].tables, row.new_blocks, strict=True):
+            for step in self._in_flight:
+                if early := step.blocks.intersection(blocks):
+                    raise PlanError(
+                        f"row {row.row} is given blocks {sorted(early)} while step {step.number} "
+                        "still uses them"
+                    )
+            table.extend(blocks)
+
+    # ---- one step ------------------------------------------------------------------------------------
+
+    def _run(self, plan: StepPlan, duration_s: float, read: set[int], written: set[int]) -> StepResult:
+        """Run the rows in order; add the blocks that the step uses to `read` and `written`."""
+        result = StepResult(tokens=[], kernel_s=duration_s)
+        for i, scheduled in enumerate(plan.rows):
+            row = self._rows[scheduled.row]
+            start, end = scheduled.start, scheduled.start + scheduled.count
+            if scheduled.count < 1 or end > len(row.tokens):
+                raise PlanError(
+                    f"row {scheduled.row} has {len(row.tokens)} tokens, and positions {start} to {end - 1} "
+                    "were asked for"
+                )
+            columns = [
+                self._forward(scheduled, row, number, read, written) for number in range(len(row.tables))
+            ]
+            values = list(zip(*columns, strict=True))
+            if row.prompt_logprobs is not None and start + 1 < row.prompt_length:
+                result.prompt_logprobs[i] = [
+                    self.model.logprobs(values[p - start], row.tokens[p + 1], row.prompt_logprobs)
+                    for p in range(start, min(end, row.prompt_length - 1))
+                ]
+            if not scheduled.sample:
+                result.tokens.append([])
+                continue
+            if end != len(row.tokens):
+                raise PlanError(
+                    f"row {scheduled.row} samples after position {end - 1} of {len(row.tokens)} tokens"
+                )
+            outputs = len(row.tokens) - row.prompt_length
+            token = self.model.next_token(values[-1], row.sampling, row.seed, outputs)
+            row.tokens.append(token)
+            result.tokens.append([token])
+            if row.sampling.logprobs is not None:
+                result.logprobs[i] = [self.model.logprobs(values[-1], token, row.sampling.logprobs)]
+        return result
+
+    def _forward(
+        self, scheduled: ScheduledRow, row: _Row, group: int, read: set[int], written: set[int]
+    ) -> list[int]:
+        """Read a row's context through its table, write the values of its new positions, return them."""
+        start, end = scheduled.start, scheduled.start + scheduled.count
+        seen = self._slots(scheduled, row, group, self.model.groups[group].first_visible(start), start)
+        new = self._slots(scheduled, row, group, start, end)
+        slots = self.values.reshape(-1)
+        context: list[int] = slots[seen].tolist()
+        values = self.model.chain(group, start, row.tokens[start:end], context)
+        slots[new] = values
+        read.update((seen // self.block_size).tolist())
+        written.update((new // self.block_size).tolist())
+        return values
+
+    def _slots(
+        self, scheduled: ScheduledRow, row: _Row, group: int, start: int, end: int
+    ) -> NDArray[np.int64]:
+        """Where positions start to end - 1 lie in the flattened blocks: [end - start]."""
+        size = self.block_size
+        first = start // size
+        blocks = row.tables[group][first : -(-end // size)]
+        if end > start and (len(blocks) < -(-end // size) - first or -1 in blocks):
+            raise PlanError(
+                f"row {scheduled.row} needs positions {start} to {end - 1} of group {group}, and its table "
+                f"is {row.tables[group]} (block_size {size})"
+            )
+        positions = np.arange(start, end)
+        return np.asarray(blocks, dtype=np.int64)[positions // size - first] * size + positions % size
+
+
+def hash_engine(
+    config: SchedulerConfig,
+    *,
+    num_blocks: int,
+    block_size: int = 16,
+    groups: Sequence[GroupSpec] = (GroupSpec(),),
+    step_s: float = 0.0,
+    token_s: float = 0.0,
+) -> Engine:
+    """A whole engine on a `HashExecutor` whose depth is `config.steps_in_flight`."""
+    model = HashModel(config.vocab_size, config.eos_token_ids, tuple(groups))
+    cache = KVCache(num_blocks=num_blocks, block_size=block_size, groups=model.groups)
+    executor = HashExecutor(
+        model,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        depth=config.steps_in_flight,
+        step_s=step_s,
+        token_s=token_s,
+    )
+    return Engine(Scheduler(config, cache), executor)
+
+
+def model_of(engine: Engine) -> HashModel:
+    """The model behind an engine made by `hash_engine`, for `expected_tokens`."""
+    if not isinstance(engine.executor, HashExecutor):
+        raise TypeError(f"this engine runs on {type(engine.executor).__name__}, not on a HashExecutor")
+    return engine.executor.model
+
+
+__all__ = [
+    "Expected",
+    "HashExecutor",
+    "HashModel",
+    "PlanError",
+    "expected",
+    "expected_tokens",
+    "hash_engine",
+    "model_of",
+]
