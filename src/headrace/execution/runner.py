@@ -15,7 +15,7 @@ import torch
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
 from headrace.execution.batch import Batch
 from headrace.execution.sampler import RowSampler, token_logprobs
-from headrace.models import Decoder
+from headrace.models.decoder import Decoder
 from headrace.protocol.requests import TokenLogprobs
 
 _LOGIT_ROWS = 32  # prompt positions whose logits are in memory at once: [32, vocab] float32

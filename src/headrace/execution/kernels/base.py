@@ -110,9 +110,7 @@ class Kernels(ABC):
         """gate_up [T, 2 * ffn] of `dtype`, gate first → act(gate) * up, [T, ffn] of `dtype`."""
 
     @abstractmethod
-    def allocate_kv(
-        self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int
-    ) -> Tensor:
+    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
         """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions, contiguous."""
 
     @abstractmethod
