@@ -1,10 +1,10 @@
 """An executor whose KV blocks hold the chain of tokens itself: the sharp tool of proof.
 
-Every position writes one 64-bit value per KV group into its block: a hash of its token, its position, its
-group and of *all* values it can see, read back through the row's block table in every step. The next token
-is a hash of the last position's values. A tiny transformer's argmax often survives a wrong key; here one
-stale, foreign, unwritten or misplaced value anywhere in the context changes every token that follows, and
-`expected_tokens` says, without any blocks, what a request must produce.
+Every position writes a value that depends on all values it can see, read back through the row's block
+table in every step; the next token depends on the last position's values (`hash_model`). A tiny
+transformer's argmax often survives a wrong key; here one stale, foreign, unwritten or misplaced value
+anywhere in the context changes every token that follows, and `expected_tokens` says, without any blocks,
+what a request must produce.
 
 What cannot be right whatever the values are (a position behind the window's blocks, a row or a block
 handed out while a step in flight still names it) raises `PlanError`.
@@ -26,124 +26,12 @@ from headrace.engine.cache import GroupSpec, KVCache
 from headrace.engine.engine import Engine
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
 from headrace.engine.scheduler import Scheduler, SchedulerConfig
-from headrace.protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs, sample_seed
-
-_MASK = (1 << 64) - 1
+from headrace.protocol.requests import SamplingParams
+from headrace.sim.hash_model import Expected, HashModel, expected, expected_tokens
 
 
 class PlanError(RuntimeError):
     """A plan that no executor could run: it names a row, a position or a block that it may not."""
-
-
-def _mix(x: int) -> int:
-    """A bijection of 64-bit integers that avalanches: the finaliser of SplitMix64 (Steele et al., 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-@dataclass(frozen=True, slots=True)
-class HashModel:
-    """What stands in for weights: everything but blocks that decides which token comes next."""
-
-    vocab_size: int
-    eos_token_ids: frozenset[int] = frozenset()
-    groups: tuple[GroupSpec, ...] = (GroupSpec(),)
-
-    def chain(self, group: int, start: int, tokens: Sequence[int], context: list[int]) -> list[int]:
-        """Values of positions start, start + 1, … of `tokens`.
-
-        `context` holds the values that position `start` sees before itself, oldest first, read from
-        wherever the caller keeps them. Each value counts with a weight of its position, so that values
-        in another order are another context.
-        """
-        window = self.groups[group].window
-        oldest = start - len(context)
-        seen = [*context]
-        digest = sum(value * (2 * q + 1) for q, value in enumerate(context, oldest)) & _MASK
-        for p, token in enumerate(tokens, start):
-            value = _mix(_mix(digest ^ token) ^ (p << 16 | group))
-            seen.append(value)
-            digest += value * (2 * p + 1)
-            if window is not None and (gone := p - window + 1) >= 0:
-                digest -= seen[gone - oldest] * (2 * gone + 1)
-            digest &= _MASK
-        return seen[len(context) :]
-
-    def draw(self, values: Sequence[int]) -> int:
-        """64 bits of chance that depend on the values of one position in every group."""
-        state = 0
-        for value in values:
-            state = _mix(state ^ value)
-        return state
-
-    def next_token(self, values: Sequence[int], params: SamplingParams, seed: int, outputs: int) -> int:
-        """The token after a position with these values, when `outputs` tokens have been generated."""
-        bits = self.draw(values)
-        if params.temperature > 0:
-            bits = _mix(bits ^ seed)
-        token = bits % self.vocab_size
-        if outputs < params.min_tokens:
-            stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
-            for _ in range(self.vocab_size):
-                if token not in stops:
-                    break
-                token = (token + 1) % self.vocab_size
-        return token
-
-    def logprobs(self, values: Sequence[int], token: int, top: int) -> TokenLogprobs:
-        """Made up, but a function of everything a real one depends on."""
-        bits = _mix(self.draw(values) ^ token)
-        likely = [((bits + j) % self.vocab_size, -0.5 * (j + 1)) for j in range(top)]
-        return TokenLogprobs(token, -(bits >> 40) / (1 << 20), 1 + bits % self.vocab_size, likely)
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What one sample of a request produces when nothing disturbs it."""
-
-    tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[TokenLogprobs] | None
-
-
-def expected(request: GenerateRequest, index: int, model: HashModel, max_model_len: int) -> Expected:
-    """Sample `index` of a request, computed from plain lists: no blocks, no steps, no company."""
-    params = request.sampling
-    seed = sample_seed(params.seed, index)
-    tokens = list(request.prompt)
-    values: list[list[int]] = [[] for _ in model.groups]
-    while True:
-        for number, (group, row) in enumerate(zip(model.groups, values, strict=True)):
-            start = len(row)
-            seen = row[group.first_visible(start) :]
-            row.extend(model.chain(number, start, tokens[start:], seen))
-        outputs = len(tokens) - len(request.prompt)
-        token = model.next_token([row[-1] for row in values], params, seed, outputs)
-        tokens.append(token)
-        if token in params.stop_token_ids or (token in model.eos_token_ids and not params.ignore_eos):
-            break
-        if outputs + 1 == params.max_tokens or len(tokens) >= max_model_len:
-            break
-
-    def report(first: int, last: int, top: int | None) -> list[TokenLogprobs] | None:
-        if top is None:
-            return None
-        columns = list(zip(*values, strict=True))
-        return [model.logprobs(columns[p - 1], tokens[p], top) for p in range(first, last)]
-
-    length = len(request.prompt)
-    return Expected(
-        tokens[length:],
-        report(length, len(tokens), params.logprobs),
-        report(1, length, params.prompt_logprobs) if index == 0 else None,
-    )
-
-
-def expected_tokens(request: GenerateRequest, index: int, model: HashModel, max_model_len: int) -> list[int]:
-    """The output tokens of sample `index`, its stop token included, when nothing disturbs it."""
-    return expected(request, index, model, max_model_len).tokens
 
 
 @dataclass(slots=True)
@@ -195,7 +83,7 @@ class HashExecutor(Executor):
         self.token_s = token_s
         # [num_blocks, block_size]: what no step has written is noise, never a value that could be right
         self.values = np.random.default_rng(0).integers(
-            0, _MASK, size=(num_blocks, block_size), dtype=np.uint64, endpoint=True
+            0, 1 << 64, size=(num_blocks, block_size), dtype=np.uint64
         )
         self._rows: dict[int, _Row] = {}
         self._in_flight: deque[_InFlight] = deque()
