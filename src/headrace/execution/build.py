@@ -14,7 +14,8 @@ import torch
 
 from headrace.config.engine import EngineOptions
 from headrace.engine import Engine, GroupSpec, KVCache, Scheduler, SchedulerConfig
-from headrace.execution.kernels import Kernels, choose_kernels
+from headrace.execution.kernels import Kernels
+from headrace.execution.kernels.choose import choose_kernels
 from headrace.execution.runner import TorchExecutor
 from headrace.execution.selftest import check_batch_invariance
 from headrace.models.families import read_config
@@ -46,13 +47,13 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
     """
     files = open_model(Path(options.directory))
     torch.set_num_threads(options.threads)
-    kernels = choose_kernels(
+    kernels, said = choose_kernels(
         options.kernels,
         dtype=options.dtype,
         batch_invariant=options.batch_invariant,
         threads=options.threads,
     )
-    notes = [f"{_name(kernels.dtype)} weights and KV cache, {kernels.name} kernels ({kernels.detail})"]
+    notes = [said]
     pool = _cut_pool(options, files, kernels, notes)
     decoder = load_decoder(files.directory, kernels, pool.max_model_len)
     config = decoder.config
@@ -70,7 +71,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
         )
         notes.append("batch-invariant: the same bits whatever runs beside, tested on the loaded weights")
 
-    numerics = f"{kernels.name}/{kernels.detail}/torch-{torch.__version__}/{_name(kernels.dtype)}"
+    numerics = f"{kernels.numerics}/torch-{torch.__version__}/{_name(kernels.dtype)}"
     fingerprint = f"{files.revision}/{numerics}/{options.block_size}/{pool.max_model_len}"
     eos_token_ids = frozenset(files.eos_token_ids)
     scheduler = Scheduler(

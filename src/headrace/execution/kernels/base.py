@@ -72,6 +72,11 @@ class Kernels(ABC):
     batch_invariant: bool
 
     @property
+    def numerics(self) -> str:
+        """Names this library's arithmetic: equal names give equal bits for equal weights."""
+        return self.name
+
+    @property
     @abstractmethod
     def busy_s(self) -> float:
         """Seconds spent inside kernels since this object was made."""
