@@ -182,7 +182,10 @@ class ModelConfig:
             f"a divisor of num_attention_heads ({self.heads})",
         )
         require(
-            self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotation pairs dimensions)"
+            self.head_dim % 2 == 0 and self.head_dim > 2,
+            "head_dim",
+            self.head_dim,
+            "an even number above 2 (rotation pairs dimensions)",
         )
         require(self.norm_eps > 0, "rms_norm_eps", self.norm_eps, "a positive number")
         for field, cap in (

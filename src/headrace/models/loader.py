@@ -18,7 +18,7 @@ from headrace.models.config import ModelConfig, Rotary, UnsupportedModelError
 from headrace.models.decoder import Decoder, DecoderLayer
 from headrace.models.families import WeightNames, find_family, read_config
 from headrace.models.rotary import cos_sin_table
-from headrace.models.weights import WHOLE, Checkpoint, Part, Shard, WeightsError
+from headrace.models.weights import WHOLE, Checkpoint, Part, WeightsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,6 @@ class _Loader:
         self._checkpoint = checkpoint
         self._kernels = kernels
         self._max_model_len = max_model_len
-        self._shard: Shard = WHOLE
         self._tables: dict[Rotary, Tensor] = {}
         place = _prefix_in_use(names, checkpoint)
         prefix = names.prefixes[place]
@@ -153,8 +152,7 @@ class _Loader:
         self._check()
         embedding = self._checkpoint.load([self._embedding], WHOLE, self._kernels.dtype)
         if self._config.tied_embeddings:
-            _, begin, end = self._head.span(self._shard)
-            head = self._kernels.pack_linear(embedding[begin:end], None)
+            head = self._kernels.pack_linear(embedding, None)
         else:
             head = self._pack(FusedParts((self._head,), ()))
         layers = [self._layer(index, parts) for index, parts in enumerate(self._layers)]
@@ -170,7 +168,8 @@ class _Loader:
 
     def _check(self) -> None:
         parts = [self._embedding, self._norm, *(part for layer in self._layers for part in layer)]
-        if not self._config.tied_embeddings:
+        tied, head = self._config.tied_embeddings, self._head.name
+        if not tied or head in self._checkpoint.names:
             parts.append(self._head)
         ignored = [
             name
@@ -178,6 +177,11 @@ class _Loader:
             if name.startswith(self._foreign) or name.endswith("rotary_emb.inv_freq")
         ]
         self._checkpoint.check(parts, ignored=ignored)
+        if tied and head in self._checkpoint.names and not self._checkpoint.same(head, self._embedding.name):
+            raise WeightsError(
+                f"config.json ties the output projection to the embeddings, but {head} differs from "
+                f"{self._embedding.name}; if it is meant, set tie_word_embeddings to false"
+            )
 
     def _layer(self, index: int, parts: LayerParts) -> DecoderLayer:
         config = self._config
@@ -207,12 +211,12 @@ class _Loader:
         )
 
     def _pack(self, fused: FusedParts) -> Linear:
-        weight = self._checkpoint.load(fused.weights, self._shard, self._kernels.dtype)
-        bias = self._checkpoint.load(fused.biases, self._shard, torch.float32) if fused.biases else None
+        weight = self._checkpoint.load(fused.weights, WHOLE, self._kernels.dtype)
+        bias = self._checkpoint.load(fused.biases, WHOLE, torch.float32) if fused.biases else None
         return self._kernels.pack_linear(weight, bias)
 
     def _load_norm(self, part: Part) -> Tensor:
-        return self._checkpoint.load([part], self._shard, torch.float32) + self._config.norm_offset
+        return self._checkpoint.load([part], WHOLE, torch.float32) + self._config.norm_offset
 
     def _load_optional_norm(self, part: Part | None) -> Tensor | None:
         return None if part is None else self._load_norm(part)

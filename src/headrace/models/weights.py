@@ -150,6 +150,10 @@ class Checkpoint:
             listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
             raise WeightsError(f"the weights do not fit config.json:{listed}{more}")
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        return torch.equal(self._files[one].get_tensor(one), self._files[other].get_tensor(other))
+
     def load(self, parts: Iterable[Part], shard: Shard, dtype: torch.dtype) -> Tensor:
         """This rank's slices of `parts`, one below the other, in memory of their own, as `dtype`."""
         parts = tuple(parts)

@@ -103,7 +103,8 @@ def _read_multimodal(fields: Fields) -> ModelConfig:
     if text is None:
         raise UnsupportedModelError("config.json: text_config is missing")
     fields.refuse_foreign_arithmetic()
-    return _read(text)
+    # The outer flag is the one that counts: embeddings are tied in the whole, not in the text model.
+    return replace(_read(text), tied_embeddings=fields.flag("tie_word_embeddings", True))
 
 
 _NAMES = WeightNames(
