@@ -1,0 +1,19 @@
+"""The control plane: what accepts requests, hands them to engines, and answers for their endings.
+
+In: typed requests from HTTP or the command line. Out: streams of outputs with exactly one ending for each
+sample. It must not know HTTP, text, torch, or whether its world is real.
+"""
+
+from headrace.cluster.gateway import Gateway, GatewayObserver, GatewayState, StartFailedError
+from headrace.cluster.stream import OutputStream
+from headrace.cluster.supervisor import EngineLostError, Supervisor
+
+__all__ = [
+    "EngineLostError",
+    "Gateway",
+    "GatewayObserver",
+    "GatewayState",
+    "OutputStream",
+    "StartFailedError",
+    "Supervisor",
+]

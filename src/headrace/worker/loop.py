@@ -1,0 +1,214 @@
+"""The worker's loop: take in what has arrived, step, report; one message a step.
+
+The engine steps on the loop's own thread, and between two steps the inbox is emptied, so a cancellation that
+has arrived takes effect before the next step. An idle worker waits for a message and costs nothing.
+
+How it ends                    | what becomes of accepted requests        | `serve`
+-------------------------------|------------------------------------------|--------------------
+drained                        | all have ended; `Drained` was said       | returns
+the gateway is gone            | cancelled, their blocks given back       | returns
+the engine raises              | end with INTERNAL; the engine is broken  | raises that
+the gateway talks nonsense     | cancelled, their blocks given back       | raises ProtocolError
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from headrace.engine import Engine
+from headrace.engine.blocks import BlockRemoved
+from headrace.protocol.channel import Channel
+from headrace.protocol.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Drain,
+    Drained,
+    EngineInfo,
+    FromGateway,
+    FromWorker,
+    Hello,
+    Outputs,
+    StartFailed,
+    StepStats,
+    Submit,
+)
+from headrace.protocol.requests import (
+    ErrorCode,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    RequestError,
+    SequenceOutput,
+)
+from headrace.world import ConnectionLost, World
+
+CONNECT_TIMEOUT_S = 10.0
+
+INBOX_TURNS = 3
+"""Turns of the event loop between two steps: one reads sockets, one wakes the reader, one fills the inbox."""
+
+
+async def serve(world: World, address: str, engine: Engine, info: EngineInfo) -> None:
+    """Dial the gateway at `address` and run its requests until one of the ends in the table above.
+
+    Raises ConnectFailed when nobody answers there.
+    """
+    channel = await _dial(world, address)
+    try:
+        await _Worker(world, channel, engine).run(info)
+    finally:
+        channel.abort()
+
+
+async def report_start_failure(world: World, address: str, message: str) -> None:
+    """Tell the gateway at `address` why there will be no engine."""
+    channel = await _dial(world, address)
+    channel.post(StartFailed(message))
+    await channel.close()
+
+
+async def _dial(world: World, address: str) -> Channel[FromGateway]:
+    connection = await world.network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
+    return Channel(connection, receives=FromGateway)
+
+
+class _Worker:
+    def __init__(self, world: World, channel: Channel[FromGateway], engine: Engine) -> None:
+        self._world = world
+        self._channel = channel
+        self._engine = engine
+        self._inbox: deque[FromGateway] = deque()  # bounded by the gateway's admission
+        self._arrived = asyncio.Event()
+        self._gone = False
+        self._draining = False
+        self._open: dict[str, set[int]] = {}  # samples of accepted requests that have not ended
+        self._last_step = 0
+        self._evictions = 0
+
+    async def run(self, info: EngineInfo) -> None:
+        reader = asyncio.create_task(self._read(), name="worker.inbox")
+        try:
+            await self._say(Hello(protocol=PROTOCOL_VERSION, engine=info))
+            while not self._gone:
+                self._take_in()
+                if self._engine.has_work:
+                    await self._step()
+                    for _ in range(INBOX_TURNS):
+                        await asyncio.sleep(0)
+                elif self._draining:
+                    await self._say(Drained())
+                    await self._channel.close()
+                    return
+                else:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+            await self._abandon()
+            await reader  # raises what was wrong with the last message, if that was the end
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    # ---- what comes in -------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._channel.receive()) is not None:
+                self._inbox.append(message)
+                self._arrived.set()
+        except ConnectionLost:
+            return
+        finally:
+            self._gone = True
+            self._arrived.set()
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            match self._inbox.popleft():
+                case Submit(request=request):
+                    self._accept(request)
+                case Cancel(request_id=request_id, index=index):
+                    self._engine.cancel(request_id, index)
+                case Drain():
+                    self._draining = True
+
+    def _accept(self, request: GenerateRequest) -> None:
+        self._world.trace("worker.accept", request.request_id)
+        self._open[request.request_id] = set(range(max(1, request.sampling.n)))
+        self._engine.add(request)
+
+    # ---- what goes out -------------------------------------------------------------------------------
+
+    async def _step(self) -> None:
+        began = self._world.now()
+        try:
+            outputs = await self._engine.step()
+        except Exception as error:  # ends every request, and with them this process
+            await self._say(Outputs(self._failures(error)))
+            await self._channel.close()
+            raise
+        stats = self._stats(self._world.now() - began)
+        for output in outputs:
+            if output.finish is not None:
+                self._close(output)
+        await self._say(Outputs(outputs, stats))
+
+    async def _say(self, message: FromWorker) -> None:
+        """Send, and wait while the gateway reads more slowly than the engine computes."""
+        try:
+            await self._channel.send(message)
+        except ConnectionLost:
+            self._gone = True
+
+    def _close(self, output: SequenceOutput) -> None:
+        self._world.trace("worker.end", output.request_id, output.index)
+        samples = self._open.get(output.request_id, set())
+        samples.discard(output.index)
+        if not samples:
+            self._open.pop(output.request_id, None)
+
+    def _failures(self, error: Exception) -> list[SequenceOutput]:
+        why = f"the engine failed with {type(error).__name__}: {error}; its log has the traceback"
+        finish = Finish(FinishReason.ERROR, error=RequestError(ErrorCode.INTERNAL, why))
+        return [
+            SequenceOutput(request_id, index, finish=finish)
+            for request_id, samples in self._open.items()
+            for index in sorted(samples)
+        ]
+
+    async def _abandon(self) -> None:
+        """Nobody listens any more: end everything, so that the engine is left with nothing held."""
+        for request_id in list(self._open):
+            self._engine.cancel(request_id)
+        while self._engine.has_work:
+            await self._engine.step()
+
+    def _stats(self, step_s: float) -> StepStats:
+        scheduler = self._engine.scheduler
+        pool, counters = scheduler.cache.pool, scheduler.counters
+        self._evictions += sum(isinstance(event, BlockRemoved) for event in pool.take_events())
+        tokens = sampled = rows = 0
+        kernel_s = 0.0
+        if self._engine.last_step is not None:
+            plan, result = self._engine.last_step
+            self._last_step = plan.number
+            tokens, rows, kernel_s = plan.tokens, len(plan.rows), result.kernel_s
+            sampled = sum(map(len, result.tokens))
+        return StepStats(
+            step=self._last_step,
+            tokens=tokens,
+            sampled=sampled,
+            rows=rows,
+            step_s=step_s,
+            kernel_s=kernel_s,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks_free=pool.free,
+            blocks_cached=pool.cached,
+            blocks_held=pool.held,
+            held_tokens=scheduler.held_tokens,
+            preemptions=counters.preemptions,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            evictions=self._evictions,
+        )
