@@ -14,6 +14,7 @@ The end of the peer's stream and the end of our own are independent of these, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 from collections.abc import Callable
 from typing import cast
@@ -174,9 +175,14 @@ class TransportConnection(asyncio.Protocol, Connection):
 
     def write_eof(self) -> None:
         self._check_writable()
+        self._end_output()
+
+    def _end_output(self) -> None:
         if not self._output_ended:
             self._output_ended = True
-            self.transport.write_eof()
+            # A socket that was reset cannot be shut down; the transport is about to report the reset itself.
+            with contextlib.suppress(OSError):
+                self.transport.write_eof()
 
     def _check_writable(self) -> None:
         if self._state is not _State.OPEN:
@@ -213,9 +219,7 @@ class TransportConnection(asyncio.Protocol, Connection):
 
     async def _end_streams(self) -> None:
         """Send what is queued, end our stream, and give the peer a moment to end its own."""
-        if not self._output_ended:
-            self._output_ended = True
-            self.transport.write_eof()
+        self._end_output()
         self.transport.set_write_buffer_limits(
             high=0
         )  # from here "writing is paused" means "not all is sent"

@@ -31,6 +31,9 @@ from headrace.world.network import (
 ACCEPT_BACKLOG = 1024
 """Connections the kernel completes before they are accepted; its own limit (somaxconn) may be lower."""
 
+BACKLOG_RETRY_S = 0.01
+"""How long to wait before trying a unix socket again whose listener is behind with accepting."""
+
 
 class StreamNetwork(Network):
     """Sockets of this machine."""
@@ -64,7 +67,8 @@ class StreamNetwork(Network):
         try:
             async with asyncio.timeout(timeout_s):
                 if address.startswith(UNIX_PREFIX):
-                    _, connection = await loop.create_unix_connection(factory, _unix_path(address))
+                    sock = await _connect_unix(_unix_path(address))
+                    _, connection = await loop.create_unix_connection(factory, sock=sock)
                 else:
                     host, port = split_host_port(address)
                     _, connection = await loop.create_connection(factory, host, port)
@@ -150,6 +154,26 @@ def _bind_unix(path: str) -> socket.socket:
         sock.close()
         raise _listen_error(UNIX_PREFIX + path, error) from error
     return sock
+
+
+async def _connect_unix(path: str) -> socket.socket:
+    """Connect, waiting while the listener's backlog is full.
+
+    A non-blocking connect then fails with EAGAIN and starts nothing. Event loops misread that: one takes it for
+    a connection under way, and then for one that came about.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                await asyncio.sleep(BACKLOG_RETRY_S)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _remove_abandoned(path: str) -> None:
