@@ -1,0 +1,431 @@
+// Causal grouped-query attention over paged keys and values, in float32 sums.
+//
+// A sequence's keys are cut by absolute position into partitions of 256, and those into runs of 16 (one vector of
+// lanes). A partition is worked off whole: scores, their maximum, exponentials, weighted sum of values; a query's
+// partitions are then merged in ascending order (the online softmax of Milakov and Gimelshein, 2018, with
+// a step of 256 keys). What a query may not see has weight 0 and changes no bit. So the arithmetic for a query
+// depends on its position and window alone: not on how many queries share a tile, nor on which thread computed
+// which partition, nor on the block size. There is no separate path for decode.
+//
+// A tile is up to 32 rows, a row being one query head at one token; all query heads of a kv head are
+// rows of the same tile, so its keys and values are read once for all of them.
+#include "amx.h"
+#include "cache.h"
+#include "functions.h"
+#include "parallel.h"
+
+namespace headrace::HEADRACE_LEVEL {
+namespace {
+
+constexpr int64_t kPartition = 256;
+constexpr int64_t kRuns = kPartition / kLanes;
+constexpr int64_t kTileRows = 32;
+// A little more than a partition, so that rows do not fall on the same cache sets.
+constexpr int64_t kScoreStride = kPartition + 16;
+constexpr int64_t kWeightStride = kPartition + 32;
+
+const float kMinusInfinity = -__builtin_inff();
+
+// Rows [row, row + rows) of one sequence and kv head (row = token * group + head in group), over the partitions
+// [first, end). Where a tile's partitions are shared out, `partials` is where all of them leave their results
+// and `unfinished` counts the tasks still at work; the last one merges.
+struct Task {
+  int64_t sequence, kv_head, row, rows;
+  int64_t first, end, tile_first, tile_end;
+  float* partials;
+  int32_t* unfinished;
+};
+
+// Per row: maximum score, sum of exponentials, weighted sum of values [depth].
+struct Sums {
+  float *maximum, *total, *values;
+};
+
+Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
+int64_t sums_size(int64_t rows, int64_t depth) { return round_up(rows * (2 + depth), kLanes); }
+
+template <class T>
+struct Tile {
+  const AttentionArgs& args;
+  const HeadLayout<T> layout;
+  const Task& task;
+  const int64_t group;                     // query heads per kv head
+  int64_t begin[kTileRows], end[kTileRows];  // keys that each row sees
+  int64_t key_begin, key_end;              // keys that any row sees
+  T* q;                                    // [kTileRows, depth]
+  float* scores;                           // [kTileRows, kScoreStride]
+  T* weights;                              // [kTileRows, kWeightStride]
+  T *spare_keys, *spare_values;            // a partition's, for runs that cannot be read in place
+  const T *keys[kRuns], *values[kRuns];
+  int64_t key_stride;
+
+  Tile(const AttentionArgs& args, const Task& task)
+      : args(args), layout(args.cache), task(task), group(args.heads / args.cache.kv_heads) {
+    const int64_t depth = layout.depth;
+    const size_t sizes[] = {kTileRows * depth * sizeof(T), kTileRows * kScoreStride * sizeof(float),
+                            kTileRows * kWeightStride * sizeof(T), kPartition * depth * sizeof(T),
+                            kPartition * depth * sizeof(T)};
+    size_t total = 0;
+    for (size_t size : sizes) total += size;
+    char* memory = static_cast<char*>(scratch(Slot::tile, total));
+    const auto take = [&](int i) {
+      char* part = memory;
+      memory += sizes[i];
+      return part;
+    };
+    q = reinterpret_cast<T*>(take(0));
+    scores = reinterpret_cast<float*>(take(1));
+    weights = reinterpret_cast<T*>(take(2));
+    spare_keys = reinterpret_cast<T*>(take(3));
+    spare_values = reinterpret_cast<T*>(take(4));
+    key_stride = args.cache.block_size % kLanes == 0 ? layout.key_stride : kLanes * kStep<T>;
+
+    const int64_t size = args.cache.head_dim;
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int64_t t = token(r);
+      const T* from = static_cast<const T*>(args.q) + (t * args.heads + head(r)) * size;
+      std::memcpy(q + r * depth, from, static_cast<size_t>(size) * sizeof(T));
+      std::memset(q + r * depth + size, 0, static_cast<size_t>(depth - size) * sizeof(T));
+      end[r] = args.sequences.positions[t] + int64_t{1};
+      begin[r] = args.window > 0 && end[r] > args.window ? end[r] - args.window : 0;
+      key_begin = r == 0 || begin[r] < key_begin ? begin[r] : key_begin;
+      key_end = r == 0 || end[r] > key_end ? end[r] : key_end;
+    }
+  }
+
+  int64_t token(int64_t r) const { return args.sequences.query_start[task.sequence] + (task.row + r) / group; }
+  int64_t head(int64_t r) const { return task.kv_head * group + (task.row + r) % group; }
+
+  // Finds the keys and values of a run. Those outside of [key_begin, key_end) may be another request's, or
+  // nothing: their scores are masked, but a value times 0 must be 0, so such a run's values are copied with zeros.
+  void locate(int64_t run, int64_t first_key) {
+    const Cache& cache = args.cache;
+    const int32_t* table = cache.table + task.sequence * cache.table_stride;
+    const int64_t depth = layout.depth;
+    const int64_t from = first_key > key_begin ? first_key : key_begin;
+    const int64_t to = first_key + kLanes < key_end ? first_key + kLanes : key_end;
+    const bool whole = to - from == kLanes, in_one_page = cache.block_size % kLanes == 0;
+    if (in_one_page) {
+      const int64_t page = table[first_key / cache.block_size], slot = first_key % cache.block_size;
+      keys[run] = layout.keys(cache, page, task.kv_head) + layout.key_at(slot, 0);
+      values[run] = layout.values(cache, page, task.kv_head) + layout.value_at(slot, 0);
+      if (whole) return;
+    }
+    T* own_values = spare_values + run * kLanes * depth;
+    T* own_keys = spare_keys + run * kLanes * depth;
+    std::memset(own_values, 0, static_cast<size_t>(kLanes * depth) * sizeof(T));
+    for (int64_t key = from; key < to; ++key) {
+      const int64_t page = table[key / cache.block_size], slot = key % cache.block_size, lane = key - first_key;
+      const T* value = layout.values(cache, page, task.kv_head) + layout.value_at(slot, 0);
+      T* value_copy = own_values + layout.value_at(lane, 0);
+      for (int64_t d = 0; d < depth; ++d) value_copy[d * kStep<T>] = value[d * kStep<T>];
+      if (in_one_page) continue;
+      const T* source = layout.keys(cache, page, task.kv_head) + layout.key_at(slot, 0);
+      for (int64_t d = 0; d < depth; d += kStep<T>)
+        std::memcpy(own_keys + d * kLanes + lane * kStep<T>, source + d / kStep<T> * layout.key_stride,
+                    kStep<T> * sizeof(T));
+    }
+    values[run] = own_values;
+    if (!in_one_page) keys[run] = own_keys;
+  }
+
+  void score(int64_t first_run, int64_t end_run);
+  void weigh(int64_t first_run, int64_t end_run, float* out);
+
+  // Scores to weights: scaled, capped, masked, exponentials under the row's maximum.
+  void soften(int64_t base, int64_t first_run, int64_t end_run, Sums out) {
+    const Float16 scale = broadcast(args.scale), hidden = broadcast(kMinusInfinity);
+    const Float16 cap = broadcast(args.softcap), inverse_cap = broadcast(args.softcap > 0 ? 1 / args.softcap : 0.0f);
+    const Int16 index = lane_indices();
+    for (int64_t r = 0; r < task.rows; ++r) {
+      float* row = scores + r * kScoreStride;
+      T* to = weights + r * kWeightStride;
+      const auto relative = [&](int64_t key) {
+        const int64_t k = key - base;
+        return broadcast(static_cast<int32_t>(k < 0 ? 0 : k > kPartition ? kPartition : k));
+      };
+      const Int16 from = relative(begin[r]), until = relative(end[r]);
+      Float16 highest = hidden;
+      for (int64_t run = first_run; run < end_run; ++run) {
+        Float16 s = load(row + run * kLanes) * scale;
+        if (args.softcap > 0) s = cap * tanh(s * inverse_cap);
+        const Int16 key = index + broadcast(static_cast<int32_t>(run * kLanes));
+        s = select((key >= from) & (key < until), s, hidden);
+        store(row + run * kLanes, s);
+        highest = max(s, highest);
+      }
+      out.maximum[r] = horizontal_max(highest);
+      // A row that sees nothing here would subtract infinity from infinity.
+      const Float16 top = broadcast(out.maximum[r] > kMinusInfinity ? out.maximum[r] : 0.0f);
+      Float16 total = broadcast(0.0f);
+      for (int64_t run = first_run; run < end_run; ++run) {
+        const Float16 w = exp(load(row + run * kLanes) - top);
+        total = total + w;
+        store(to + run * kLanes, w);
+      }
+      out.total[r] = horizontal_sum(total);
+    }
+  }
+
+  void partition(int64_t number, Sums out) {
+    const int64_t base = number * kPartition;
+    const int64_t first_run = key_begin > base ? (key_begin - base) / kLanes : 0;
+    const int64_t last = key_end - base < kPartition ? key_end - base : kPartition;
+    const int64_t end_run = (last + kLanes - 1) / kLanes;
+    for (int64_t run = first_run; run < end_run; ++run) locate(run, base + run * kLanes);
+    score(first_run, end_run);
+    soften(base, first_run, end_run, out);
+    weigh(first_run, end_run, out.values);
+  }
+
+  void merge(Sums part, Sums whole) const {
+    for (int64_t r = 0; r < task.rows; ++r) {
+      if (part.maximum[r] == kMinusInfinity) continue;
+      const float top = part.maximum[r] > whole.maximum[r] ? part.maximum[r] : whole.maximum[r];
+      const Float16 old_factor = exp(broadcast(whole.maximum[r] - top));
+      const Float16 new_factor = exp(broadcast(part.maximum[r] - top));
+      float factors[2][kLanes];
+      store(factors[0], old_factor);
+      store(factors[1], new_factor);
+      whole.total[r] = whole.total[r] * factors[0][0] + part.total[r] * factors[1][0];
+      whole.maximum[r] = top;
+      float* to = whole.values + r * layout.depth;
+      const float* from = part.values + r * layout.depth;
+      for (int64_t d = 0; d < layout.depth; d += kLanes)
+        store(to + d, fma(load(from + d), new_factor, load(to + d) * old_factor));
+    }
+  }
+
+  void clear(Sums whole) const {
+    for (int64_t r = 0; r < task.rows; ++r) {
+      whole.maximum[r] = kMinusInfinity;
+      whole.total[r] = 0;
+    }
+    std::memset(whole.values, 0, static_cast<size_t>(task.rows * layout.depth) * sizeof(float));
+  }
+
+  void finish(Sums whole) const {
+    const int64_t size = args.cache.head_dim;
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int64_t at = token(r) * args.heads + head(r);
+      args.lse[at] = whole.maximum[r] + __builtin_logf(whole.total[r]);
+      const Float16 total = broadcast(whole.total[r]);
+      T* to = static_cast<T*>(args.out) + at * size;
+      over_row(size, [&](int64_t d, int64_t n) {
+        store_lanes(to + d, load(whole.values + r * layout.depth + d) / total, n);
+      });
+    }
+  }
+};
+
+#if defined(__AMX_BF16__)
+// A run is 16 keys deep, so the tiles are: an instruction takes 16 dimensions of a score, or 16 keys of a sum.
+template <>
+void Tile<bf16>::score(int64_t first_run, int64_t end_run) {
+  const bool two = task.rows > 16;
+  const int64_t depth = layout.depth;
+  fence();
+  for (int64_t run = first_run; run < end_run; run += 2) {
+    const bool pair = run + 1 < end_run;
+    const bf16 *left = keys[run], *right = keys[pair ? run + 1 : run];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < depth; d += 16) {
+      _tile_loadd(4, q + d, depth * 2);
+      _tile_loadd(6, left + d / 2 * key_stride, key_stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if (pair) {
+        _tile_loadd(7, right + d / 2 * key_stride, key_stride * 2);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (two) {
+        _tile_loadd(5, q + 16 * depth + d, depth * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (pair) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    float* to = scores + run * kLanes;
+    _tile_stored(0, to, kScoreStride * 4);
+    if (pair) _tile_stored(1, to + kLanes, kScoreStride * 4);
+    if (two) {
+      _tile_stored(2, to + 16 * kScoreStride, kScoreStride * 4);
+      if (pair) _tile_stored(3, to + 16 * kScoreStride + kLanes, kScoreStride * 4);
+    }
+  }
+}
+
+template <>
+void Tile<bf16>::weigh(int64_t first_run, int64_t end_run, float* out) {
+  const bool two = task.rows > 16;
+  const int64_t depth = layout.depth;
+  fence();
+  for (int64_t d = 0; d < depth; d += 32) {
+    const bool pair = d + 16 < depth;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t run = first_run; run < end_run; ++run) {
+      const bf16* w = weights + run * kLanes;
+      const bf16* v = values[run] + d * 2;
+      _tile_loadd(4, w, kWeightStride * 2);
+      _tile_loadd(6, v, depth * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      if (pair) {
+        _tile_loadd(7, v + 32, depth * 4);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (two) {
+        _tile_loadd(5, w + 16 * kWeightStride, kWeightStride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (pair) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, out + d, depth * 4);
+    if (pair) _tile_stored(1, out + d + 16, depth * 4);
+    if (two) {
+      _tile_stored(2, out + 16 * depth + d, depth * 4);
+      if (pair) _tile_stored(3, out + 16 * depth + d + 16, depth * 4);
+    }
+  }
+}
+#endif
+
+template <class T>
+void Tile<T>::score(int64_t first_run, int64_t end_run) {
+  const int64_t depth = layout.depth;
+  in_row_tiles(task.rows, [&](auto rows, int64_t first) {
+    constexpr int kRows = decltype(rows)::count;
+    for (int64_t run = first_run; run < end_run; ++run) {
+      Float16 sum[kRows][1];
+      for (auto& line : sum) line[0] = broadcast(0.0f);
+      multiply<T, kRows, 1>(sum, q + first * depth, depth, keys[run], key_stride, depth / kStep<T>);
+      for (int r = 0; r < kRows; ++r) store(scores + (first + r) * kScoreStride + run * kLanes, sum[r][0]);
+    }
+  });
+}
+
+template <class T>
+void Tile<T>::weigh(int64_t first_run, int64_t end_run, float* out) {
+  const int64_t depth = layout.depth;
+  const auto columns = [&](auto vectors, int64_t d) {
+    constexpr int kVectors = decltype(vectors)::count;
+    in_row_tiles(task.rows, [&](auto rows, int64_t first) {
+      constexpr int kRows = decltype(rows)::count;
+      Float16 sum[kRows][kVectors];
+      for (auto& line : sum)
+        for (auto& v : line) v = broadcast(0.0f);
+      for (int64_t run = first_run; run < end_run; ++run)
+        multiply<T, kRows, kVectors>(sum, weights + first * kWeightStride + run * kLanes, kWeightStride,
+                                     values[run] + d * kStep<T>, layout.value_stride, kLanes / kStep<T>);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) store(out + (first + r) * depth + d + v * kLanes, sum[r][v]);
+    });
+  };
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= depth; d += 2 * kLanes) columns(Rows<2>{}, d);
+  if (d < depth) columns(Rows<1>{}, d);
+}
+
+template <class T>
+void work_off(const AttentionArgs& args, const Task& task) {
+  Tile<T> tile(args, task);
+  const int64_t depth = tile.layout.depth, size = sums_size(task.rows, depth);
+  float* memory = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(2 * size) * sizeof(float)));
+  const Sums whole = sums_at(memory, task.rows), part = sums_at(memory + size, task.rows);
+#if defined(__AMX_BF16__)
+  if (sizeof(T) == 2) configure_tiles(task.rows, kLanes);
+#endif
+  if (!task.partials) {
+    tile.clear(whole);
+    for (int64_t number = task.first; number < task.end; ++number) {
+      tile.partition(number, part);
+      tile.merge(part, whole);
+    }
+    tile.finish(whole);
+  } else {
+    const auto left = [&](int64_t number) {
+      return sums_at(task.partials + (number - task.tile_first) * size, task.rows);
+    };
+    for (int64_t number = task.first; number < task.end; ++number) tile.partition(number, left(number));
+    if (__atomic_sub_fetch(task.unfinished, 1, __ATOMIC_ACQ_REL) == 0) {
+      tile.clear(whole);
+      for (int64_t number = task.tile_first; number < task.tile_end; ++number) tile.merge(left(number), whole);
+      tile.finish(whole);
+    }
+  }
+#if defined(__AMX_BF16__)
+  if (sizeof(T) == 2) release_tiles();
+#endif
+}
+
+// The tiles of a call; visit(sequence, kv_head, row, rows, first partition, end partition).
+template <class Visit>
+void over_tiles(const AttentionArgs& args, Visit visit) {
+  const int64_t group = args.heads / args.cache.kv_heads;
+  for (int64_t s = 0; s < args.sequences.count; ++s) {
+    const int32_t start = args.sequences.query_start[s];
+    const int64_t rows_of_sequence = (args.sequences.query_start[s + 1] - start) * group;
+    for (int64_t row = 0; row < rows_of_sequence; row += kTileRows) {
+      const int64_t rows = rows_of_sequence - row < kTileRows ? rows_of_sequence - row : kTileRows;
+      int64_t first = INT64_MAX, last = 0;
+      for (int64_t t = start + row / group; t <= start + (row + rows - 1) / group; ++t) {
+        const int64_t position = args.sequences.positions[t];
+        const int64_t begin = args.window > 0 && position >= args.window ? position + 1 - args.window : 0;
+        if (begin < first) first = begin;
+        if (position > last) last = position;
+      }
+      for (int64_t head = 0; head < args.cache.kv_heads; ++head)
+        visit(s, head, row, rows, first / kPartition, last / kPartition + 1);
+    }
+  }
+}
+
+template <class T>
+void run(const AttentionArgs& args) {
+  const int64_t depth = round_up(args.cache.head_dim, kLanes);
+  int64_t tiles = 0, partitions = 0;
+  over_tiles(args, [&](int64_t, int64_t, int64_t, int64_t, int64_t first, int64_t end) {
+    tiles += 1;
+    partitions += end - first;
+  });
+  // Tiles with more partitions than `share` are shared out.
+  int64_t share = (partitions + 8 * threads() - 1) / (8 * threads());
+  if (threads() == 1) share = partitions;
+  int64_t tasks = 0, partial_floats = 0;
+  over_tiles(args, [&](int64_t, int64_t, int64_t, int64_t rows, int64_t first, int64_t end) {
+    tasks += (end - first + share - 1) / share;
+    if (end - first > share) partial_floats += (end - first) * sums_size(rows, depth);
+  });
+  char* memory = static_cast<char*>(
+      scratch(Slot::tasks, static_cast<size_t>(tasks) * sizeof(Task) + static_cast<size_t>(tiles) * sizeof(int32_t)));
+  Task* list = reinterpret_cast<Task*>(memory);
+  int32_t* unfinished = reinterpret_cast<int32_t*>(memory + static_cast<size_t>(tasks) * sizeof(Task));
+  float* partials = static_cast<float*>(scratch(Slot::partials, static_cast<size_t>(partial_floats) * sizeof(float)));
+  Task* next = list;
+  over_tiles(args, [&](int64_t s, int64_t head, int64_t row, int64_t rows, int64_t first, int64_t end) {
+    const bool shared = end - first > share;
+    *unfinished = static_cast<int32_t>((end - first + share - 1) / share);
+    for (int64_t from = first; from < end; from += share)
+      *next++ = Task{s,     head, row, rows, from, from + share < end ? from + share : end, first, end,
+                     shared ? partials : nullptr, unfinished};
+    if (shared) partials += (end - first) * sums_size(rows, depth);
+    ++unfinished;
+  });
+  auto work = [&](int64_t task) { work_off<T>(args, list[task]); };
+  in_parallel(tasks, work);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+  if (args.sequences.tokens == 0) return;
+  if (args.type == Type::bf16)
+    run<bf16>(args);
+  else
+    run<float>(args);
+}
+
+}  // namespace headrace::HEADRACE_LEVEL

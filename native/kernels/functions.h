@@ -1,0 +1,51 @@
+// exp and tanh on sixteen lanes, within 2 units in the last place.
+//
+// exp: Cody and Waite's reduction by ln 2 in two parts, a polynomial on [-ln 2 / 2, ln 2 / 2], and the power of
+// two multiplied in as bits. tanh: a polynomial near zero, where the quotient of exponentials would cancel. Both
+// polynomials are fits at Chebyshev nodes; their own error is below 2e-8.
+#pragma once
+
+#include "simd.h"
+
+namespace headrace::HEADRACE_LEVEL {
+
+// exp(0) is exactly 1. Below -87.336, where the result would not be a normal number, it is 0; above 88.37, infinity.
+HEADRACE_INLINE Float16 exp(Float16 x) {
+  const Float16 shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Float16 low = broadcast(-87.336f), high = broadcast(88.37f);
+  const Float16 in_range = select(x < low, low, select(x > high, high, x));
+  const Float16 shifted = fma(in_range, broadcast(1.44269504088896341f), shift);
+  const Float16 n = shifted - shift;
+  Float16 r = fma(n, broadcast(-0.693359375f), in_range);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Float16 p = broadcast(1.3933652080595493e-3f);
+  p = fma(p, r, broadcast(8.363181725144386e-3f));
+  p = fma(p, r, broadcast(4.166646674275398e-2f));
+  p = fma(p, r, broadcast(1.6666576266288757e-1f));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r * r, r) + broadcast(1.0f);
+  const Float16 power = from_bits(shift_left(bits(shifted) - bits(shift) + broadcast(int32_t{127}), 23));
+  return select(x < low, broadcast(0.0f), select(x > high, broadcast(__builtin_inff()), p * power));
+}
+
+HEADRACE_INLINE Float16 tanh(Float16 x) {
+  const Float16 z = x * x;
+  Float16 p = broadcast(-6.104945670813322e-3f);
+  p = fma(p, z, broadcast(2.1003639325499535e-2f));
+  p = fma(p, z, broadcast(-5.385249853134155e-2f));
+  p = fma(p, z, broadcast(1.3332782685756683e-1f));
+  p = fma(p, z, broadcast(-3.33333283662796e-1f));
+  const Float16 near = fma(p, z * x, x);
+  const Float16 far = broadcast(1.0f) - broadcast(2.0f) / (exp(x + x) + broadcast(1.0f));
+  return select(z < broadcast(0.390625f), near, far);
+}
+
+HEADRACE_INLINE Float16 silu(Float16 x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
+
+// 0.5 x (1 + tanh(y)) is x / (1 + exp(-2 y)), with y = sqrt(2 / pi) (x + 0.044715 x^3).
+HEADRACE_INLINE Float16 gelu_tanh(Float16 x) {
+  const Float16 y = x * fma(x * x, broadcast(0.044715f), broadcast(1.0f));
+  return x / (broadcast(1.0f) + exp(y * broadcast(-1.5957691216057308f)));
+}
+
+}  // namespace headrace::HEADRACE_LEVEL

@@ -1,0 +1,21 @@
+// This level's kernels, gathered for src/dispatch.cpp.
+#include "kernels.h"
+
+#define HEADRACE_TEXT(x) HEADRACE_TEXT_(x)
+#define HEADRACE_TEXT_(x) #x
+
+namespace headrace::HEADRACE_LEVEL {
+
+void pack(const PackArgs&);
+void linear(const LinearArgs&);
+void norm(const NormArgs&);
+void gated(const GatedArgs&);
+void rotate(const RotateArgs&);
+void attention(const AttentionArgs&);
+void gumbel(const GumbelArgs&);
+void uniform(const GumbelArgs&);
+
+extern const KernelTable table;
+const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, gated, rotate, attention, gumbel, uniform};
+
+}  // namespace headrace::HEADRACE_LEVEL

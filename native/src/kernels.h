@@ -1,0 +1,140 @@
+// The kernels as plain C structs and function pointers: what the bindings fill in, what every instruction
+// set implements. No Python and no torch here; addresses, sizes and strides (in elements) only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace headrace {
+
+enum class Type : int { f32 = 0, bf16 = 1 };
+
+// What becomes of a float32 result: stored, rounded and stored, or added to a float32 already there.
+enum class Output : int { f32 = 0, bf16 = 1, add = 2 };
+
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
+// Columns of a packed weight come in panels of 32; see linear.cpp.
+constexpr int64_t kPanel = 32;
+
+struct PackArgs {
+  const void* weight;  // [out, in] of `type`, rows `stride` elements apart
+  int64_t out, in, stride;
+  Type type;
+  void* packed;  // packed_bytes(out, in, type)
+};
+
+struct LinearArgs {
+  const void* x;  // [rows, in] of `type`
+  int64_t rows, x_stride;
+  const void* packed;
+  const float* bias;  // [out rounded up to kPanel], or null
+  int64_t out, in;
+  Type type;
+  void* y;  // [rows, out]
+  int64_t y_stride;
+  Output output;
+};
+
+struct NormArgs {
+  const float* x;  // [rows, columns]
+  const float* weight;
+  int64_t rows, columns;
+  float eps;
+  void* y;
+  Output output;
+};
+
+struct GatedArgs {
+  const void* gate_up;  // [rows, 2 * width]
+  int64_t rows, width;
+  Activation activation;
+  Type type;
+  void* y;
+};
+
+// Where a layer's keys and values lie. A page holds, for each of its layers and each kv head, with D the head
+// size rounded up to 16 and B the block size rounded up to 16:
+//   bf16:  keys [D / 2][B][2], values [B / 2][D][2]     f32:  keys [D][B], values [B][D]
+// so that 16 keys, or 16 dimensions of a value, fill the lanes of a vector.
+struct Cache {
+  void* pages;
+  int64_t page_count, page_stride;  // in elements
+  int64_t layer;
+  int64_t kv_heads, head_dim, block_size;
+  const int32_t* table;  // [sequences, ...], rows `table_stride` apart
+  int64_t table_stride, table_width;
+};
+
+struct Sequences {
+  const int32_t* query_start;  // [count + 1]
+  const int32_t* positions;    // [tokens]
+  int64_t count, tokens;
+};
+
+struct RotateArgs {
+  const void* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
+  Type type;
+  int64_t heads;
+  Sequences sequences;
+  Cache cache;
+  const float* cos_sin;  // [positions, head_dim]
+  int64_t cos_sin_rows;
+  const float *q_norm, *k_norm;  // [head_dim] or null
+  float eps;
+  void* q;  // [tokens, heads * head_dim]
+};
+
+struct AttentionArgs {
+  const void* q;  // [tokens, heads * head_dim]
+  Type type;
+  int64_t heads;
+  Sequences sequences;
+  Cache cache;
+  float scale;
+  int64_t window;  // 0: none
+  float softcap;   // 0: none
+  void* out;       // as q
+  float* lse;      // [tokens, heads]
+};
+
+struct GumbelArgs {
+  uint64_t stream;  // from gumbel_stream(seed, position)
+  const uint32_t* tokens;
+  int64_t count;
+  double* out;
+};
+
+struct KernelTable {
+  const char* level;
+  void (*pack)(const PackArgs&);
+  void (*linear)(const LinearArgs&);
+  void (*norm)(const NormArgs&);
+  void (*gated)(const GatedArgs&);
+  void (*rotate)(const RotateArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*gumbel)(const GumbelArgs&);
+  void (*uniform)(const GumbelArgs&);
+};
+
+inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The inner dimension is padded to a whole matrix tile in bf16.
+inline constexpr int64_t packed_inner(int64_t in, Type type) {
+  return type == Type::bf16 ? round_up(in, 32) : in;
+}
+
+inline constexpr int64_t packed_bytes(int64_t out, int64_t in, Type type) {
+  return round_up(out, kPanel) * packed_inner(in, type) * (type == Type::bf16 ? 2 : 4);
+}
+
+inline constexpr int64_t page_elements(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
+  return layers * kv_heads * 2 * round_up(head_dim, 16) * round_up(block_size, 16);
+}
+
+// The kernels of the level in use; see dispatch.cpp.
+const KernelTable& kernels();
+
+}  // namespace headrace

@@ -1,0 +1,204 @@
+// The Python module headrace._native: addresses, sizes and strides in, nothing out but errors.
+//
+// Callers (headrace.execution.kernels.native) vouch for shapes and types; what a plan could get wrong, the pages
+// and positions, is checked here before a kernel reads or writes through it. Every call that works releases the
+// interpreter lock.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace headrace {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Positions [first, last] of a sequence must be in pages that the table names and the pool has.
+void check_pages(const Cache& cache, int64_t sequence, int64_t first, int64_t last) {
+  const int32_t* row = cache.table + sequence * cache.table_stride;
+  for (int64_t j = first / cache.block_size; j <= last / cache.block_size; ++j) {
+    const int64_t page = j < cache.table_width ? row[j] : -1;
+    if (page < 0 || page >= cache.page_count)
+      throw std::out_of_range("sequence " + std::to_string(sequence) + ": entry " + std::to_string(j) +
+                              " of its block table (for positions from " + std::to_string(j * cache.block_size) +
+                              ") is " + (j < cache.table_width ? std::to_string(page) : "missing") +
+                              ", not one of the pool's " + std::to_string(cache.page_count) + " pages");
+  }
+}
+
+void check_sequences(const Sequences& sequences) {
+  if (sequences.query_start[0] != 0 || sequences.query_start[sequences.count] != sequences.tokens)
+    throw std::out_of_range("query_start must run from 0 to the number of tokens, " + std::to_string(sequences.tokens));
+  for (int64_t s = 0; s < sequences.count; ++s)
+    if (sequences.query_start[s] > sequences.query_start[s + 1])
+      throw std::out_of_range("query_start falls after sequence " + std::to_string(s));
+}
+
+// The least and greatest position of a sequence's tokens; false where it has none.
+bool position_range(const Sequences& sequences, int64_t s, int64_t& least, int64_t& most) {
+  const int32_t first = sequences.query_start[s], end = sequences.query_start[s + 1];
+  if (first == end) return false;
+  least = most = sequences.positions[first];
+  for (int32_t t = first; t < end; ++t) {
+    const int64_t position = sequences.positions[t];
+    if (position < least) least = position;
+    if (position > most) most = position;
+  }
+  if (least < 0) throw std::out_of_range("sequence " + std::to_string(s) + " has a negative position");
+  return true;
+}
+
+Cache cache_of(uintptr_t pages, int64_t page_count, int64_t page_stride, int64_t layer, int64_t kv_heads,
+               int64_t head_dim, int64_t block_size, uintptr_t table, int64_t table_stride, int64_t table_width) {
+  if ((layer + 1) * page_elements(1, kv_heads, head_dim, block_size) > page_stride)
+    throw std::out_of_range("layer " + std::to_string(layer) + " lies outside of a page of " +
+                            std::to_string(page_stride) + " elements");
+  return {at<void>(pages), page_count, page_stride, layer, kv_heads, head_dim, block_size,
+          at<const int32_t>(table), table_stride, table_width};
+}
+
+std::atomic<int64_t> busy_ns{0};
+
+// What a call that computes needs while it does: the interpreter lock released, and a clock.
+struct Kernel {
+  nb::gil_scoped_release unlocked;
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+  ~Kernel() {
+    const auto spent = std::chrono::steady_clock::now() - start;
+    busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count(), std::memory_order_relaxed);
+  }
+};
+
+uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// The state of the SplitMix64 stream whose outputs are the tokens' noise.
+uint64_t gumbel_stream(uint64_t seed, uint32_t position) {
+  return mix(mix(seed + 0x9e3779b97f4a7c15u) ^ (uint64_t{position} + 1) * 0xd1342543de82ef95u);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "CPU kernels of Headrace; see headrace.execution.kernels.native.";
+  kernels();
+  m.attr("PANEL") = kPanel;
+
+  const auto kernel = nb::call_guard<Kernel>();
+
+  m.def("level", [] { return std::string(kernels().level); }, "The instruction set in use.");
+  m.def("threads", &threads);
+  m.def(
+      "set_threads",
+      [](int count) {
+        if (count < 1 || count > 1024)
+          throw std::invalid_argument("threads must be from 1 to 1024, not " + std::to_string(count));
+        set_threads(count);
+      },
+      "count"_a, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("busy_s", [] { return static_cast<double>(busy_ns.load(std::memory_order_relaxed)) * 1e-9; });
+
+  m.def("packed_bytes", [](int64_t out, int64_t in, int type) { return packed_bytes(out, in, Type(type)); });
+  m.def("page_elements", &page_elements, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_size"_a);
+
+  m.def(
+      "pack",
+      [](uintptr_t weight, int64_t out, int64_t in, int64_t stride, int type, uintptr_t packed) {
+        kernels().pack({at<const void>(weight), out, in, stride, Type(type), at<void>(packed)});
+      },
+      kernel);
+
+  m.def(
+      "linear",
+      [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, uintptr_t bias, int64_t out, int64_t in,
+         int type, uintptr_t y, int64_t y_stride, int output) {
+        kernels().linear({at<const void>(x), rows, x_stride, at<const void>(packed), at<const float>(bias), out, in,
+                          Type(type), at<void>(y), y_stride, Output(output)});
+      },
+      kernel);
+
+  m.def(
+      "rms_norm",
+      [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t columns, float eps, uintptr_t y, int output) {
+        kernels().norm({at<const float>(x), at<const float>(weight), rows, columns, eps, at<void>(y), Output(output)});
+      },
+      kernel);
+
+  m.def(
+      "gated_activation",
+      [](uintptr_t gate_up, int64_t rows, int64_t width, int activation, int type, uintptr_t y) {
+        kernels().gated({at<const void>(gate_up), rows, width, Activation(activation), Type(type), at<void>(y)});
+      },
+      kernel);
+
+  m.def(
+      "rotate_and_store",
+      [](uintptr_t qkv, int type, int64_t heads, uintptr_t query_start, uintptr_t positions, int64_t sequences,
+         int64_t tokens, uintptr_t pages, int64_t page_count, int64_t page_stride, int64_t layer, int64_t kv_heads,
+         int64_t head_dim, int64_t block_size, uintptr_t table, int64_t table_stride, int64_t table_width,
+         uintptr_t cos_sin, int64_t cos_sin_rows, uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t q) {
+        const Sequences rows{at<const int32_t>(query_start), at<const int32_t>(positions), sequences, tokens};
+        const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, table,
+                                     table_stride, table_width);
+        check_sequences(rows);
+        for (int64_t s = 0, least, most; s < sequences; ++s) {
+          if (!position_range(rows, s, least, most)) continue;
+          check_pages(cache, s, least, most);
+          if (most >= cos_sin_rows)
+            throw std::out_of_range("sequence " + std::to_string(s) + ": position " + std::to_string(most) +
+                                    " is beyond the " + std::to_string(cos_sin_rows) + " rows of cos_sin");
+        }
+        kernels().rotate({at<const void>(qkv), Type(type), heads, rows, cache, at<const float>(cos_sin), cos_sin_rows,
+                          at<const float>(q_norm), at<const float>(k_norm), eps, at<void>(q)});
+      },
+      kernel);
+
+  m.def(
+      "attention",
+      [](uintptr_t q, int type, int64_t heads, uintptr_t query_start, uintptr_t positions, int64_t sequences,
+         int64_t tokens, uintptr_t pages, int64_t page_count, int64_t page_stride, int64_t layer, int64_t kv_heads,
+         int64_t head_dim, int64_t block_size, uintptr_t table, int64_t table_stride, int64_t table_width, float scale,
+         int64_t window, float softcap, uintptr_t out, uintptr_t lse) {
+        const Sequences rows{at<const int32_t>(query_start), at<const int32_t>(positions), sequences, tokens};
+        const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, table,
+                                     table_stride, table_width);
+        check_sequences(rows);
+        for (int64_t s = 0, least, most; s < sequences; ++s)
+          if (position_range(rows, s, least, most))
+            check_pages(cache, s, window > 0 && least >= window ? least + 1 - window : 0, most);
+        kernels().attention({at<const void>(q), Type(type), heads, rows, cache, scale, window, softcap, at<void>(out),
+                             at<float>(lse)});
+      },
+      kernel);
+
+  m.def(
+      "gumbel",
+      [](uint64_t seed, uint32_t position, uintptr_t tokens, int64_t count, uintptr_t out) {
+        kernels().gumbel({gumbel_stream(seed, position), at<const uint32_t>(tokens), count, at<double>(out)});
+      },
+      kernel);
+  m.def(
+      "uniform",
+      [](uint64_t seed, uint32_t position, uintptr_t tokens, int64_t count, uintptr_t out) {
+        kernels().uniform({gumbel_stream(seed, position), at<const uint32_t>(tokens), count, at<double>(out)});
+      },
+      kernel);
+}
+
+}  // namespace headrace
