@@ -58,6 +58,11 @@ class BlockPool:
         return len(self._unheld)
 
     @property
+    def known(self) -> int:
+        """Blocks, held or not, that can be found by their content."""
+        return len(self._by_identity)
+
+    @property
     def held(self) -> int:
         return self.total - len(self._free) - len(self._unheld)
 
@@ -83,8 +88,9 @@ class BlockPool:
         """The block that holds this content, if any; takes no reference."""
         return self._by_identity.get(identity)
 
-    def is_held(self, block: int) -> bool:
-        return self._references[block] > 0
+    def references(self, block: int) -> int:
+        """How many hold a block."""
+        return self._references[block]
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Add a reference to each."""
@@ -132,7 +138,10 @@ class BlockPool:
             raise RuntimeError("a free block still has an identity")
         if any(self._identity[block] is None for block in unheld):
             raise RuntimeError("a cached block has no identity")
-        if any(self._identity[block] != identity for identity, block in self._by_identity.items()):
+        identities = sum(identity is not None for identity in self._identity)
+        if identities != len(self._by_identity) or any(
+            self._identity[block] != identity for identity, block in self._by_identity.items()
+        ):
             raise RuntimeError("the index and the blocks disagree about an identity")
 
     def _forget(self, block: int) -> None:

@@ -65,6 +65,8 @@ class KVCache:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.groups = tuple(groups)
+        self._windowed = [number for number, group in enumerate(self.groups) if group.window is not None]
+        self._no_blocks: tuple[list[int], ...] = tuple([] for _ in self.groups)
         self._fingerprint = fingerprint
         self._key = key
 
@@ -84,9 +86,22 @@ class KVCache:
         for group in self.groups:
             blocks = -(-length // size)
             if group.window is not None:
-                blocks = min(blocks, -(-(group.window - 1 + in_flight) // size) + 1)
+                positions = group.window - 1 + in_flight  # they may begin and end inside a block
+                blocks = min(blocks, (positions + size - 2) // size + 1)
             total += blocks
         return total
+
+    def least_blocks(self, length: int) -> int:
+        """The fewest blocks with which a sequence can reach `length` positions, one at a time.
+
+        How many blocks a window touches depends on where in a block it ends; a block further on, a
+        position needs at least as many. So the last `block_size` positions decide.
+        """
+        size = self.block_size
+        return max(
+            sum(position // size - group.first_visible(position) // size + 1 for group in self.groups)
+            for position in range(max(0, length - size), length)
+        )
 
     def match(self, sequence: Sequence) -> PrefixHit:
         """The longest cached prefix that every group can continue from; holds nothing yet.
@@ -109,11 +124,8 @@ class KVCache:
             if group.window is None:
                 most = min(most, len(row))
             found.append(row)
-        while most > 0 and not all(
-            -1 not in row[group.first_visible(most * size) // size : most]
-            for group, row in zip(self.groups, found, strict=True)
-        ):
-            most -= 1
+        while (hole := self._first_hole(found, most)) is not None:
+            most = hole
         tables = []
         for group, row in zip(self.groups, found, strict=True):
             first = group.first_visible(most * size) // size
@@ -128,25 +140,25 @@ class KVCache:
         sequence.scheduled = sequence.computed = hit.length
         sequence.published = hit.length // self.block_size
 
-    def missing(self, sequence: Sequence, length: int) -> int:
-        """Blocks to take before positions below `length` can be written."""
-        blocks = -(-length // self.block_size)
-        return sum(max(0, blocks - len(table)) for table in sequence.tables)
+    def room(self, sequence: Sequence) -> int:
+        """The length that a sequence can reach with its blocks and those there are to take."""
+        more = self.pool.available // len(self.groups)
+        return (len(sequence.tables[0]) + more) * self.block_size  # tables grow together
 
-    def extend(self, sequence: Sequence, length: int) -> tuple[list[int], ...] | None:
-        """Make room for positions below `length`: the new blocks of each group, or None if too few."""
-        if self.missing(sequence, length) > self.pool.available:
-            return None
-        blocks = -(-length // self.block_size)
+    def extend(self, sequence: Sequence, length: int) -> tuple[list[int], ...]:
+        """Make room for positions below `length`, at most `room`: the new blocks of each group."""
+        count = -(-length // self.block_size) - len(sequence.tables[0])
+        if count <= 0:
+            return self._no_blocks
         added = []
         for table in sequence.tables:
-            new = self.pool.take(max(0, blocks - len(table)))
+            new = self.pool.take(count)
             table.extend(new)
             added.append(new)
         return tuple(added)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let others find the blocks that `computed` has filled, then give back what windows have passed."""
+    def advance(self, sequence: Sequence) -> None:
+        """Let others find the blocks that `computed` has filled; give back what windows have passed."""
         full = sequence.computed // self.block_size
         if full > sequence.published:
             self._hash_up_to(sequence, full)
@@ -155,7 +167,13 @@ class KVCache:
                     if table[j] >= 0:
                         self.pool.publish(table[j], _identity(sequence.hashes[j], number))
             sequence.published = full
-            self._trim(sequence)
+        for number in self._windowed:
+            table = sequence.tables[number]
+            j = self.groups[number].first_visible(sequence.computed) // self.block_size - 1
+            while j >= 0 and table[j] >= 0:
+                self.pool.release((table[j],))
+                table[j] = -1
+                j -= 1
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back, the end of the sequence to be evicted first."""
@@ -164,13 +182,16 @@ class KVCache:
         sequence.tables = []
         sequence.scheduled = sequence.computed = sequence.published = 0
 
-    def _trim(self, sequence: Sequence) -> None:
-        for group, table in zip(self.groups, sequence.tables, strict=True):
-            j = group.first_visible(sequence.computed) // self.block_size - 1
-            while j >= 0 and table[j] >= 0:
-                self.pool.release((table[j],))
-                table[j] = -1
-                j -= 1
+    def _first_hole(self, found: list[list[int]], blocks: int) -> int | None:
+        """The first block that some group needs to continue after `blocks` of them, and that is not there.
+
+        No longer prefix, up to `blocks`, can do without it either.
+        """
+        for group, row in zip(self.groups, found, strict=True):
+            for j in range(group.first_visible(blocks * self.block_size) // self.block_size, blocks):
+                if row[j] < 0:
+                    return j
+        return None
 
     def _hash_up_to(self, sequence: Sequence, blocks: int) -> None:
         size = self.block_size

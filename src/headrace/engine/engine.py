@@ -17,6 +17,11 @@ class Engine:
     """Runs requests on an executor. Not thread-safe; everything happens on one event loop."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        if executor.depth > scheduler.config.steps_in_flight:
+            raise ValueError(
+                f"the executor keeps {executor.depth} steps in flight and the scheduler reckons with "
+                f"{scheduler.config.steps_in_flight}; raise steps_in_flight"
+            )
         self.scheduler = scheduler
         self.executor = executor
         self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
@@ -36,7 +41,10 @@ class Engine:
         self.scheduler.cancel(request_id, index)
 
     async def step(self) -> list[SequenceOutput]:
-        """Fill the executor, wait for its oldest step, and return what has come of it."""
+        """Fill the executor, wait for its oldest step, and return what has come of it.
+
+        Cancelled while it waits, it loses nothing: the next call waits for the same step.
+        """
         self.last_step = None
         while len(self._in_flight) < self.executor.depth:
             plan = self.scheduler.schedule()
@@ -44,8 +52,9 @@ class Engine:
                 break
             self._in_flight.append((plan, self.executor.submit(plan)))
         if self._in_flight:
-            plan, future = self._in_flight.popleft()
-            result = await future
+            plan, future = self._in_flight[0]
+            result = await asyncio.shield(future)
+            self._in_flight.popleft()
             self.scheduler.commit(plan, result)
             self.last_step = (plan, result)
         return self.scheduler.take_outputs()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headrace.engine.cache import KVCache, PrefixHit
-from headrace.engine.limits import ModelLimits, RequestRefused, check_request
+from headrace.engine.limits import MAX_SAMPLES, ModelLimits, RequestRefused, check_request
 from headrace.engine.plan import RowStart, ScheduledRow, StepPlan, StepResult
 from headrace.engine.sequence import Sequence, State
 from headrace.protocol.requests import (
@@ -96,7 +96,7 @@ class Scheduler:
             self._refuse_what_cannot_run(request)
         except RequestRefused as refused:
             finish = Finish(FinishReason.ERROR, error=refused.error)
-            for index in range(max(1, request.sampling.n)):
+            for index in range(min(max(1, request.sampling.n), MAX_SAMPLES)):
                 self._outputs.append(SequenceOutput(request.request_id, index, finish=finish))
             return
         # Without prefix reuse a request still shares blocks among its own samples, and with nobody else.
@@ -176,7 +176,7 @@ class Scheduler:
             sequence.pending -= row.sample
             if sequence.state is State.RUNNING:
                 sequence.computed += row.count
-                self.cache.publish(sequence)
+                self.cache.advance(sequence)
             if sequence.state is not State.ENDED:
                 self._take_result(sequence, i, result)
             if sequence in self._draining and sequence.in_flight == 0:
@@ -185,38 +185,42 @@ class Scheduler:
     # ---- planning ------------------------------------------------------------------------------------
 
     def _schedule_running(self, plan: StepPlan, planned: list[Sequence], budget: int) -> int:
-        """Give every running sequence what it wants, the most urgent first; return what is left."""
+        """Give every running sequence what it wants, the most urgent first.
+
+        Returns what is left of the budget for others: nothing if one got less than it wants.
+        """
+        satisfied = True
         i = 0
         while i < len(self._running):
             sequence = self._running[i]
-            wanted = self._uncomputed(sequence)
             others = len(self._running) - i - 1  # each is sure of one token
-            count = min(wanted, budget - others)
-            if count > 0:
-                blocks = self._make_room(sequence, sequence.scheduled + count)
-                if blocks is not None:
-                    self._plan_row(plan, planned, sequence, count, blocks)
+            wanted = self._uncomputed(sequence)
+            if wanted > 0:
+                count = self._make_room(sequence, min(wanted, budget - others))
+                if count > 0:
+                    self._plan_row(plan, planned, sequence, count)
                     budget -= count
+                satisfied = satisfied and count == wanted
             i += 1
-        return budget
+        return budget if satisfied else 0
 
-    def _make_room(self, sequence: Sequence, length: int) -> tuple[list[int], ...] | None:
-        """Blocks for positions below `length`, taken from lower ranks where needed.
+    def _make_room(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` positions have room, after taking blocks from lower ranks where they lack.
 
-        None: the sequence, the last in rank, has given up its own; or blocks are on their way from
-        sequences that a step in flight still names, and it waits for them.
+        Fewer: the sequence is alone, or blocks are on their way from sequences that a step in flight still
+        names. None: it waits for those, or has given up its own as the last in rank, or has ended, since
+        alone it can go no further.
         """
-        while (blocks := self.cache.extend(sequence, length)) is None:
-            if self._draining:
-                return None
+        while (room := self.cache.room(sequence) - sequence.scheduled) < count:
             victim = self._running[-1]
-            if victim is not sequence or len(self._running) > 1:
-                self._preempt(victim)
-            elif sequence.in_flight == 0:
-                self._end(sequence, self._out_of_blocks(sequence))
-            if sequence.state is not State.RUNNING or sequence is victim:
-                return None
-        return blocks
+            if self._draining or len(self._running) == 1:
+                break
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+        if room == 0 and sequence.in_flight == 0 and not self._draining:
+            self._end(sequence, self._out_of_blocks(sequence))
+        return min(room, count)
 
     def _admit(self, plan: StepPlan, planned: list[Sequence], budget: int) -> None:
         """Start waiting sequences in order of rank while rows, blocks and budget last."""
@@ -231,25 +235,32 @@ class Scheduler:
                     continue
                 if self._running or self._draining:
                     return
-                self._end(sequence, self._out_of_blocks(sequence))
-                continue
-            budget -= self._start(plan, planned, sequence, hit, budget)
+                if self.cache.least_blocks(len(sequence.tokens)) > self.cache.pool.total:
+                    self._end(sequence, self._out_of_blocks(sequence))
+                    continue
+            budget = self._start(plan, planned, sequence, hit, budget)
 
     def _fits(self, sequence: Sequence, hit: PrefixHit | None) -> bool:
-        """Whether all that is known of a sequence fits, with a block to grow for each running one."""
+        """Whether all that is known of a sequence fits, with blocks to grow for each running one.
+
+        With whole chunks, that is: one that is alone may do with smaller chunks and fewer blocks.
+        """
         length = len(sequence.tokens)
         needed = self.cache.peak_blocks(length, self._in_flight_tokens)
         available = self.cache.pool.available
         if hit is not None:
             found = [block for table in hit.tables for block in table if block >= 0]
             needed -= len(found)
-            available -= sum(not self.cache.pool.is_held(block) for block in found)
+            available -= sum(self.cache.pool.references(block) == 0 for block in found)
         return needed + len(self._running) * len(self.cache.groups) <= available
 
     def _start(
         self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, hit: PrefixHit | None, budget: int
     ) -> int:
-        """Move the first waiting sequence to a row and plan its first tokens; return how many."""
+        """Move the first waiting sequence to a row and plan its first tokens.
+
+        Returns what is left of the budget for others: nothing if it could not start on all it wants.
+        """
         heapq.heappop(self._waiting)
         self._num_waiting -= 1
         sequence.state = State.RUNNING
@@ -271,25 +282,18 @@ class Scheduler:
                 tables=[list(table) for table in sequence.tables],
             )
         )
-        count = min(self._uncomputed(sequence), budget)
-        blocks = self.cache.extend(sequence, sequence.scheduled + count)
-        if blocks is None:
-            raise RuntimeError("a sequence was admitted without room for its first tokens")
-        self._plan_row(plan, planned, sequence, count, blocks)
-        return count
+        wanted = self._uncomputed(sequence)
+        count = min(wanted, budget, self.cache.room(sequence) - sequence.scheduled)
+        self._plan_row(plan, planned, sequence, count)
+        return budget - count if count == wanted else 0
 
-    def _plan_row(
-        self,
-        plan: StepPlan,
-        planned: list[Sequence],
-        sequence: Sequence,
-        count: int,
-        blocks: tuple[list[int], ...],
-    ) -> None:
+    def _plan_row(self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, count: int) -> None:
         if sequence.row is None:
             raise RuntimeError("a running sequence has no row")
-        sample = sequence.scheduled + count == sequence.wanted
-        plan.rows.append(ScheduledRow(sequence.row, sequence.scheduled, count, sample, blocks))
+        start = sequence.scheduled
+        blocks = self.cache.extend(sequence, start + count)
+        sample = start + count == sequence.wanted
+        plan.rows.append(ScheduledRow(sequence.row, start, count, sample, blocks))
         planned.append(sequence)
         sequence.scheduled += count
         sequence.pending += sample
@@ -330,10 +334,10 @@ class Scheduler:
                 finish,
             )
         )
-        if sequence.index == 0:
-            self._unblock_samples(sequence)
         if finish is not None:
             self._remove(sequence)
+        elif sequence.index == 0 and sequence.output_length == taken:
+            self._unblock_samples(sequence)
 
     def _finish_after(self, sequence: Sequence) -> Finish | None:
         """Whether the last token ends its sequence. Before min_tokens the executor samples no stop token."""
@@ -379,6 +383,7 @@ class Scheduler:
         else:
             self._num_waiting -= 1
         sequence.state = State.ENDED
+        self._forget_ended()
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -409,6 +414,13 @@ class Scheduler:
         sequence.prompt_logprobs = []
         self.cache.release(sequence)
 
+    def _forget_ended(self) -> None:
+        """Drop ended sequences from the queue once they are most of it: clients may come and go behind a
+        head that waits for long."""
+        if len(self._waiting) > 2 * self._num_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
+
     def _first_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0][1].state is not State.WAITING:
             heapq.heappop(self._waiting)
@@ -420,7 +432,7 @@ class Scheduler:
         """Raise RequestRefused where a request can never be served, or the queue is full."""
         check_request(request, ModelLimits(self.config.max_model_len, self.config.vocab_size))
         pool = self.cache.pool
-        needed = self.cache.peak_blocks(len(request.prompt), self._in_flight_tokens)
+        needed = self.cache.least_blocks(len(request.prompt))
         if needed > pool.total:
             raise RequestRefused(
                 ErrorCode.INVALID,
@@ -428,10 +440,11 @@ class Scheduler:
                 f"(block_size {self.cache.block_size}); shorten it or raise --kv-cache-memory",
                 "prompt",
             )
-        if self._num_waiting + request.sampling.n > self.config.max_waiting:
+        most = self.config.max_num_seqs + self.config.max_waiting
+        if len(self._running) + self._num_waiting + request.sampling.n > most:
             raise RequestRefused(
                 ErrorCode.OVERLOADED,
-                f"{self._num_waiting} sequences wait and the limit is {self.config.max_waiting}",
+                f"{len(self._running)} sequences run, {self._num_waiting} wait, and the limit is {most}",
             )
 
     def _out_of_blocks(self, sequence: Sequence) -> Finish:
@@ -448,9 +461,10 @@ class Scheduler:
         )
 
     def sequences(self) -> Iterator[Sequence]:
-        """Every sequence that has not ended, for those who check invariants."""
+        """Every sequence that has not ended or still holds blocks, for those who check invariants."""
         for group in self._requests.values():
             yield from group
+        yield from (sequence for sequence in self._draining if sequence.state is State.ENDED)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -88,6 +88,11 @@ class HashExecutor(Executor):
         self._rows: dict[int, _Row] = {}
         self._in_flight: deque[_InFlight] = deque()
 
+    @property
+    def blocks_being_written(self) -> frozenset[int]:
+        """Blocks that a step in flight writes: nobody may read them yet."""
+        return frozenset().union(*(step.written for step in self._in_flight))
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Run a plan now and deliver its result when the modelled time has passed.
 
