@@ -5,6 +5,7 @@ sample. It must not know HTTP, text, torch, or whether its world is real.
 """
 
 from headrace.cluster.gateway import Gateway, GatewayObserver, GatewayState, StartFailedError
+from headrace.cluster.local import LocalEngine
 from headrace.cluster.stream import OutputStream
 from headrace.cluster.supervisor import EngineLostError, Supervisor
 
@@ -13,6 +14,7 @@ __all__ = [
     "Gateway",
     "GatewayObserver",
     "GatewayState",
+    "LocalEngine",
     "OutputStream",
     "StartFailedError",
     "Supervisor",

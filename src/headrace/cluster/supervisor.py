@@ -1,7 +1,8 @@
 """Keeps an engine behind a gateway: starts it, starts it again when it ends, and leaves none behind.
 
-An engine that never got as far as serving is a wrong configuration and not worth a second try; one that
-served and was lost is started again, after a pause that doubles with each loss in quick succession.
+An engine that says it cannot start is a wrong configuration and not worth another try, and so is a first one
+that ends before it serves. One that served and was lost is started again, after a pause that doubles with
+each loss in quick succession.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Supervisor:
         Raises StartFailedError or EngineLostError when that cannot be. Cancelled, it kills the engine first.
         """
         losses = 0
+        served = False
         while True:
             process = await self._launcher.launch(self._gateway.address)
             try:
@@ -62,25 +64,29 @@ class Supervisor:
                 await process.kill()
             if self._gateway.state is GatewayState.DRAINING:
                 return
-            losses = 1 if served_s >= STABLE_AFTER_S else losses + 1
+            served = served or served_s is not None
+            if not served:
+                raise EngineLostError(f"the engine did not start: {how}")
+            losses = 1 if served_s is not None and served_s >= STABLE_AFTER_S else losses + 1
             if losses > MAX_RESTARTS:
                 raise EngineLostError(f"the engine was lost {losses} times in a row, at last with {how}")
             pause_s = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
             self._report(f"the engine was lost with {how}; starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
 
-    async def _watch(self, process: Process) -> tuple[float, str]:
-        """See one engine from start to end; returns for how many seconds it served, and how it ended."""
+    async def _watch(self, process: Process) -> tuple[float | None, str]:
+        """See one engine from start to end; returns how many seconds it served, if any, and how it ended.
+
+        Raises StartFailedError when the engine says that it cannot start.
+        """
         ended = asyncio.create_task(process.wait(), name="supervisor.engine")
         ready = asyncio.create_task(self._gateway.wait_ready(), name="supervisor.ready")
         lost: asyncio.Task[None] | None = None
         try:
             await asyncio.wait({ended, ready}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if not ready.done() and self._gateway.state is not GatewayState.DRAINING:
-                how = await ended if ended.done() else f"no word within {START_TIMEOUT_S:g} s"
-                raise EngineLostError(f"the engine did not start: {how}")
-            if ready.done():
-                ready.result()  # raises what the engine said is wrong
+            if not ready.done():
+                return None, (await ended if ended.done() else f"no word within {START_TIMEOUT_S:g} s")
+            ready.result()  # raises what the engine said is wrong
             began_s = self._world.now()
             lost = asyncio.create_task(self._gateway.wait_lost(), name="supervisor.lost")
             await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,69 @@
+"""The engine process: options in on standard input, a built engine, and the worker's loop until the end.
+
+    python -m headrace.worker.main ADDRESS PARENT_PID < options.json
+
+The one place where the worker's room meets the executor's. Exit code 0: drained, or the gateway is gone; 1:
+the engine cannot be built as asked (the gateway was told why) or has failed (with a traceback).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from headrace.config import EngineOptions, format_size
+from headrace.engine import Engine
+from headrace.protocol.messages import EngineInfo
+from headrace.store import open_model
+from headrace.worker.loop import report_start_failure, serve
+from headrace.world import real_world
+from headrace.world.launcher import die_with_parent
+from headrace.world.machine import available_memory
+
+
+def main(arguments: list[str]) -> int:
+    """Run one engine; `arguments` as in the module's docstring. Returns the exit code."""
+    address, parent = arguments
+    die_with_parent(int(parent))
+    options = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineOptions)
+    try:
+        _check_memory(options)
+        engine, info = _build(options)
+    except (ValueError, OSError, MemoryError) as error:  # told to the gateway, which ends with it
+        message = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
+        uvloop.run(report_start_failure(real_world(), address, message))
+        return 1
+    try:
+        uvloop.run(serve(real_world(), address, engine, info))
+    finally:
+        engine.executor.close()
+    return 0
+
+
+def _build(options: EngineOptions) -> tuple[Engine, EngineInfo]:
+    # Imported here, so that a wrong name or too little memory is told before torch is loaded.
+    from headrace.execution.build import build_engine
+
+    return build_engine(options)
+
+
+def _check_memory(options: EngineOptions) -> None:
+    """Raise MemoryError when weights and KV cache cannot both fit: the kernel would kill the engine later."""
+    files = open_model(Path(options.directory))
+    element_bytes = 4 if options.dtype == "float32" else 2
+    weights = sum(math.prod(tensor.shape) for tensor in files.tensors.values()) * element_bytes
+    available = available_memory()
+    if available is not None and weights + options.kv_cache_memory > available:
+        raise MemoryError(
+            f"weights need {format_size(weights)} and --kv-cache-memory is "
+            f"{format_size(options.kv_cache_memory)}, and {format_size(available)} are available; "
+            "lower it, or free memory"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
