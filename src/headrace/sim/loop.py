@@ -5,7 +5,7 @@ ready, the clock jumps to the next timer; nothing waits for real. There are no s
 signals here: what would reach for them is refused by name. It must not know hosts, networks or worlds.
 
 Order: ready callbacks run first in, first out, in batches as asyncio's own loop runs them; timers by time,
-and at the same time in the order they were set. Tasks and futures hash by their serial number, so that
+and at the same time in the order they were set. Tasks and futures hash by their number, so that
 asyncio's own sets of them (`asyncio.wait`, `TaskGroup`, `all_tasks`) are walked in one order too. What hashes
 by its address stays out of reach, such as bare coroutines in `asyncio.as_completed` (give it tasks).
 """
@@ -53,21 +53,21 @@ class SimulationLimit(SimulationError):
 
 
 class _Task(asyncio.Task[Any]):
-    def __init__(self, serial: int, *args: Any, **kwargs: Any) -> None:
-        self._serial = serial
+    def __init__(self, number: int, *args: Any, **kwargs: Any) -> None:
+        self._number = number
         super().__init__(*args, **kwargs)
 
     def __hash__(self) -> int:
-        return self._serial
+        return self._number
 
 
 class _Future(asyncio.Future[Any]):
-    def __init__(self, serial: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._serial = serial
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._number = number
         super().__init__(loop=loop)
 
     def __hash__(self) -> int:
-        return self._serial
+        return self._number
 
 
 class _Timer(asyncio.TimerHandle):
@@ -206,8 +206,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def create_task(  # type: ignore[override]  # the parameters differ between Python versions
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, **options: Any
     ) -> asyncio.Task[Any]:
-        name = name if name is not None else f"task-{next(self._task_numbers)}"
-        return _Task(next(self._serials), coro, loop=self, name=name, **options)
+        number = next(self._task_numbers)
+        return _Task(number, coro, loop=self, name=name or f"task-{number}", **options)
 
     def tasks(self) -> list[asyncio.Task[Any]]:
         """The unfinished tasks, oldest first."""
