@@ -118,6 +118,7 @@ class Channel(Generic[Received]):
         return message
 
     def _abandon(self, reason: str) -> ProtocolError:
+        self._body_bytes = None
         self._connection.abort()
         return ProtocolError(self.peer, reason)
 
@@ -126,5 +127,5 @@ class Channel(Generic[Received]):
         await self._connection.close()
 
     def abort(self) -> None:
-        """Drop the channel at once."""
+        """Drop the channel at once; see `Connection.abort`."""
         self._connection.abort()

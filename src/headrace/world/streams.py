@@ -75,6 +75,8 @@ class StreamNetwork(Network):
         except TimeoutError as error:
             reason = _describe(error) if error.errno else f"no answer within {timeout_s:g} s"
             raise ConnectFailed(address, reason) from error
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise ConnectFailed(address, "nothing listens there") from error
         except OSError as error:
             raise ConnectFailed(address, _describe(error)) from error
         return connection
@@ -159,8 +161,8 @@ def _bind_unix(path: str) -> socket.socket:
 async def _connect_unix(path: str) -> socket.socket:
     """Connect, waiting while the listener's backlog is full.
 
-    A non-blocking connect then fails with EAGAIN and starts nothing. Event loops misread that: one takes it for
-    a connection under way, and then for one that came about.
+    A non-blocking connect then fails with EAGAIN and starts nothing. asyncio takes that for a connection under
+    way, and then for one that came about; uvloop gives up at once.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -204,8 +206,6 @@ def _listen_error(address: str, error: OSError) -> OSError:
 def _describe(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"the name cannot be resolved ({error.strerror})"
-    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-        return "nothing listens there"
     if error.errno:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
