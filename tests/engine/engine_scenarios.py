@@ -66,22 +66,23 @@ class Scenario:
 def draw_scenario(rng: random.Random) -> Scenario:
     """Any scenario: mostly tight ones, where blocks, rows and budget run out."""
     groups = tuple(GroupSpec(None if full else rng.randint(1, 12)) for full in rng.choice(_GROUP_SETS))
-    block_size = rng.choice([1, 2, 3, 4, 5, 8, 16])
+    block_size = rng.choice([1, 1, 2, 2, 3, 4, 5, 8, 16])
     max_num_seqs = rng.randint(1, 6)
     config = SchedulerConfig(
         max_model_len=rng.randint(6, 70),
         vocab_size=VOCAB,
         eos_token_ids=EOS,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 2, 3, 5, 8, 13, 30]),
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 2, 3, 6, 30]),
         max_waiting=rng.choice([3, 8, 100, 100]),
         reuse_prefix=rng.random() < 0.8,
         steps_in_flight=rng.randint(1, 3),
     )
-    typical = -(-config.max_model_len // (2 * block_size)) * len(groups)  # blocks of a sequence half as long
-    num_blocks = max(
-        2, rng.choice([rng.randint(2, 6), typical, rng.randint(typical, 3 * typical), 2 * typical])
-    )
+    longest = -(-config.max_model_len // block_size) * len(
+        groups
+    )  # blocks of one sequence that gets all it may
+    tiny, crowded = rng.randint(2, 2 + longest), longest + rng.randint(0, longest)
+    num_blocks = rng.choice([tiny, crowded, crowded, 4 * longest + 2])
     streams = [[rng.randrange(VOCAB) for _ in range(config.max_model_len)] for _ in range(2)]
     actions: list[Arrive | Cancel | Step] = []
     known: list[GenerateRequest] = []
@@ -105,9 +106,7 @@ _GROUP_SETS = [(True,), (True,), (True, False), (False,), (False, False), (True,
 def _draw_request(
     rng: random.Random, request_id: str, max_model_len: int, streams: list[list[int]]
 ) -> GenerateRequest:
-    length = rng.choice(
-        [rng.randint(1, 8), rng.randint(1, max_model_len // 2), rng.randint(1, max_model_len)]
-    )
+    length = rng.choice([rng.randint(1, 8), rng.randint(1, max_model_len), max_model_len * 2 // 3])
     tail = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 1, 2, 6]))]
     prompt = [*rng.choice(streams)[: max(0, length - len(tail))], *tail][:length]
     max_tokens = rng.choice([1, 2, rng.randint(1, 40), 40])
@@ -125,7 +124,7 @@ def _draw_request(
             ignore_eos=rng.random() < 0.7,
             stop_token_ids=tuple(rng.sample(range(2, VOCAB), rng.choice([0, 0, 0, 1, 3]))),
             logprobs=rng.choice([None, None, 0, 2]),
-            prompt_logprobs=rng.choice([None, None, None, 0, 1]),
+            prompt_logprobs=rng.choice([None, None, 0, 1]),
         ),
     )
 

@@ -10,7 +10,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 
-@examples(250)
+@examples(400)
 @given(st.randoms(use_true_random=False))
 def test_whatever_happens_each_request_gets_what_it_gets_alone(rng: random.Random) -> None:
     scenario = draw_scenario(rng)
