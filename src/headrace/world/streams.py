@@ -161,8 +161,8 @@ def _bind_unix(path: str) -> socket.socket:
 async def _connect_unix(path: str) -> socket.socket:
     """Connect, waiting while the listener's backlog is full.
 
-    A non-blocking connect then fails with EAGAIN and starts nothing. asyncio takes that for a connection under
-    way, and then for one that came about; uvloop gives up at once.
+    A non-blocking connect then fails with EAGAIN and starts nothing. asyncio takes that for a connection that
+    is coming about, and then for one that did; uvloop gives up at once.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
