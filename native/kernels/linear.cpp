@@ -89,13 +89,29 @@ void compute(const LinearArgs& args, const Block& block) {
 #if defined(__AMX_BF16__)
 constexpr int kDepth = 32;  // values of k in a tile
 
+// The sums of one block of rows and a panel while the next block is multiplied: rows are finished a few at a time
+// between tile instructions, which take so long that this costs nothing.
+struct Pending {
+  alignas(64) float sum[2][32][kPanel];
+  int64_t row = 0, panel = 0, rows = 0, done = 0;
+  int buffer = 0;
+
+  HEADRACE_INLINE void finish(const LinearArgs& args, Pending& p, int64_t count) {
+    for (; count > 0 && p.done < p.rows; --count, ++p.done) {
+      const float* from = p.sum[p.buffer][p.done];
+      finish_row(args, p.row + p.done, p.panel, load(from), load(from + kLanes));
+    }
+  }
+};
+
 // At most 32 rows, in the shape the tiles are configured for, of one panel.
 template <bool kTwoBlocks>
-HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel) {
+HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel, Pending& pending) {
   const int64_t inner = packed_inner(args.in, args.type);
   const bf16* x = static_cast<const bf16*>(args.x) + row * args.x_stride;
   const bf16* w = static_cast<const bf16*>(args.packed) + panel * inner * kPanel;
   const int64_t x_bytes = args.x_stride * 2;
+  const int64_t rows_per_step = (pending.rows * kDepth + inner - 1) / inner;
   _tile_zero(0);
   _tile_zero(1);
   if (kTwoBlocks) {
@@ -114,30 +130,37 @@ HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t row
       _tile_dpbf16ps(3, 5, 7);
     }
     w += kDepth * kPanel;
+    Pending::finish(args, pending, rows_per_step);
   }
-  alignas(64) float sum[32][kPanel];
+  pending.buffer ^= 1;
+  float(*sum)[kPanel] = pending.sum[pending.buffer];
   _tile_stored(0, &sum[0][0], kPanel * 4);
   _tile_stored(1, &sum[0][kLanes], kPanel * 4);
   if (kTwoBlocks) {
     _tile_stored(2, &sum[16][0], kPanel * 4);
     _tile_stored(3, &sum[16][kLanes], kPanel * 4);
   }
-  for (int64_t r = 0; r < rows; ++r) finish_row(args, row + r, panel, load(sum[r]), load(sum[r] + kLanes));
+  pending.row = row;
+  pending.panel = panel;
+  pending.rows = rows;
+  pending.done = 0;
 }
 
 template <>
 void compute<bf16>(const LinearArgs& args, const Block& block) {
+  Pending pending;
   for (int64_t row = block.row; row < block.row_end;) {
     const int64_t left = block.row_end - row;
     const int64_t rows = left < 32 ? left : 32;
     if (row == block.row || rows < 32) configure_tiles(rows, kDepth);
     for (int64_t panel = block.panel; panel < block.panel_end; ++panel)
       if (rows > 16)
-        tile_panel<true>(args, row, rows, panel);
+        tile_panel<true>(args, row, rows, panel, pending);
       else
-        tile_panel<false>(args, row, rows, panel);
+        tile_panel<false>(args, row, rows, panel, pending);
     row += rows;
   }
+  Pending::finish(args, pending, pending.rows);
   release_tiles();
 }
 #endif

@@ -14,8 +14,10 @@ void rotate(const RotateArgs&);
 void attention(const AttentionArgs&);
 void gumbel(const GumbelArgs&);
 void uniform(const GumbelArgs&);
+uint64_t read(const ReadArgs&);
 
 extern const KernelTable table;
-const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, gated, rotate, attention, gumbel, uniform};
+const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, gated, rotate, attention, gumbel, uniform,
+                           read};
 
 }  // namespace headrace::HEADRACE_LEVEL

@@ -105,6 +105,11 @@ struct GumbelArgs {
   double* out;
 };
 
+struct ReadArgs {
+  const void* memory;  // 64-byte aligned
+  int64_t bytes;
+};
+
 struct KernelTable {
   const char* level;
   void (*pack)(const PackArgs&);
@@ -115,6 +120,7 @@ struct KernelTable {
   void (*attention)(const AttentionArgs&);
   void (*gumbel)(const GumbelArgs&);
   void (*uniform)(const GumbelArgs&);
+  uint64_t (*read)(const ReadArgs&);
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

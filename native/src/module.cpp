@@ -188,6 +188,9 @@ NB_MODULE(_native, m) {
       kernel);
 
   m.def(
+      "read", [](uintptr_t memory, int64_t bytes) { return kernels().read({at<const void>(memory), bytes}); }, kernel);
+
+  m.def(
       "gumbel",
       [](uint64_t seed, uint32_t position, uintptr_t tokens, int64_t count, uintptr_t out) {
         kernels().gumbel({gumbel_stream(seed, position), at<const uint32_t>(tokens), count, at<double>(out)});
