@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headrace.cluster.stream import OutputStream
@@ -255,12 +255,16 @@ class Gateway:
             check_request(request, limits)
         samples = [(r.request_id, index) for r in requests for index in range(r.sampling.n)]
         most = info.max_num_seqs + info.max_waiting
+        if len(samples) > most:
+            message = f"{len(samples)} sequences are asked for at once, and the engine takes {most} at most"
+            raise RequestRefused(ErrorCode.INVALID, message, "n")
         if self._open_samples + len(samples) > most:
             raise RequestRefused(
                 ErrorCode.OVERLOADED,
                 f"{self._open_samples} sequences run or wait, {len(samples)} more are asked for, and the "
                 f"limit is {most}; try again later",
             )
+        self._post_all(channel, requests)
         stream = OutputStream(samples, self.cancel)
         now = self._world.now()
         for request in requests:
@@ -268,8 +272,6 @@ class Gateway:
             self._accepted[request.request_id] = _Accepted(request, stream, now, open_samples)
             self._world.trace("gateway.submit", request.request_id)
         self._open_samples += len(samples)
-        for request in requests:
-            self._post(channel, Submit(request))
         return stream
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
@@ -279,6 +281,16 @@ class Gateway:
             return
         if index is None or index in accepted.samples:
             self._post(self._channel, Cancel(request_id, index))
+
+    def _post_all(self, channel: Channel[FromWorker], requests: Sequence[GenerateRequest]) -> None:
+        """Submit all or none: where one cannot be put into a message, those before it are taken back."""
+        for number, request in enumerate(requests):
+            try:
+                self._post(channel, Submit(request))
+            except Exception:
+                for earlier in requests[:number]:
+                    self._post(channel, Cancel(earlier.request_id))
+                raise
 
     def _post(self, channel: Channel[FromWorker], message: FromGateway) -> None:
         try:

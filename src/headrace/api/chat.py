@@ -1,0 +1,159 @@
+"""POST /v1/chat/completions: a conversation, continued by the assistant."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace.api.errors import ApiError
+from headrace.api.generation import (
+    ClientLeftError,
+    Generation,
+    check_model,
+    sampling_of,
+    text_options_of,
+    watching,
+)
+from headrace.api.logprobs import chat_logprobs, prompt_logprobs
+from headrace.api.sample import Piece, Sample
+from headrace.api.schema import ChatCompletionRequest
+from headrace.api.served import Server
+from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
+from headrace.protocol.requests import TokenLogprobs
+
+
+def chat_routes(server: Server) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        check_model(server, body.model)
+        prompt = await _prompt(server, body)
+        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, _context_length(server) - len(prompt))
+        sampling = sampling_of(
+            server,
+            body,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        generation = Generation(server, [prompt], sampling, text_options_of(body), body)
+        if body.stream:
+            writer = _ChatChunks(server, generation, body)
+            return await stream_response(request.receive, generation, writer, body.include_usage)
+        return await _whole(server, body, request, generation)
+
+    return router
+
+
+async def _prompt(server: Server, body: ChatCompletionRequest) -> list[int]:
+    template = server.model.chat_template
+    if template is None:
+        raise ApiError(
+            400,
+            f"the model {server.model.name!r} has no chat template; send a prompt to /v1/completions",
+            param="messages",
+        )
+    variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
+    text = template.render([message.model_dump() for message in body.messages], **variables)
+    return await server.model.encode(text, add_special_tokens=False)
+
+
+def _context_length(server: Server) -> int:
+    info = server.gateway.info
+    return info.max_model_len if info is not None else 1
+
+
+async def _whole(
+    server: Server, body: ChatCompletionRequest, request: Request, generation: Generation
+) -> Response:
+    texts = [""] * len(generation.samples)
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in generation.samples]
+    try:
+        with generation:
+            async with watching(request.receive, generation):
+                async for pieces in generation:
+                    for choice, piece in pieces:
+                        texts[choice] += piece.text
+                        logprobs[choice] += piece.logprobs
+    except ClientLeftError:
+        return Response(status_code=CLIENT_LEFT)
+    tokenizer = server.model.tokenizer
+    answer: dict[str, Any] = {
+        "id": f"chatcmpl-{generation.id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": server.model.name,
+        "choices": [
+            {
+                "index": choice,
+                "message": {"role": "assistant", "content": texts[choice], "refusal": None},
+                "logprobs": chat_logprobs(tokenizer, logprobs[choice]) if body.logprobs else None,
+                "finish_reason": sample.finish_reason,
+                "stop_reason": sample.stop_reason,
+            }
+            for choice, sample in enumerate(generation.samples)
+        ],
+        "usage": generation.usage(),
+    }
+    if (of_prompt := generation.prompt_logprobs[0]) is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt)
+    return Response(orjson.dumps(answer), media_type="application/json")
+
+
+class _ChatChunks(ChunkWriter):
+    def __init__(self, server: Server, generation: Generation, body: ChatCompletionRequest) -> None:
+        self._tokenizer = server.model.tokenizer
+        self._logprobs = body.logprobs
+        self._frame = {
+            "id": f"chatcmpl-{generation.id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": server.model.name,
+        }
+        # OpenAI announces the last chunk by a null in all others.
+        self._usage = {"usage": None} if body.include_usage else {}
+        self._templates = [
+            ChunkTemplate(lambda text, choice=choice: self._chunk(choice, {"content": text}))  # type: ignore[misc]
+            for choice in range(len(generation.samples))
+        ]
+
+    def begin(self, generation: Generation) -> bytes:
+        roles = [
+            event(self._chunk(choice, {"role": "assistant", "content": ""}))
+            for choice in range(len(generation.samples))
+        ]
+        if (of_prompt := generation.prompt_logprobs[0]) is not None:
+            roles[0] = event(
+                {
+                    **self._chunk(0, {"role": "assistant", "content": ""}),
+                    "prompt_logprobs": prompt_logprobs(self._tokenizer, of_prompt),
+                }
+            )
+        return b"".join(roles)
+
+    def piece(self, choice: int, piece: Piece, sample: Sample) -> bytes:
+        if sample.finish_reason is None and not piece.logprobs:
+            return self._templates[choice].fill(piece.text) if piece.text else b""
+        delta = {"content": piece.text} if piece.text or piece.logprobs else {}
+        chunk = self._chunk(choice, delta)
+        if self._logprobs:
+            chunk["choices"][0]["logprobs"] = chat_logprobs(self._tokenizer, piece.logprobs)
+        if sample.finish_reason is not None:
+            chunk["choices"][0]["finish_reason"] = sample.finish_reason
+            chunk["choices"][0]["stop_reason"] = sample.stop_reason
+        return event(chunk)
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event({**self._frame, "choices": [], "usage": usage})
+
+    def _chunk(self, choice: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}]
+        return {**self._frame, "choices": choices, **self._usage}

@@ -1,0 +1,225 @@
+"""POST /v1/completions: prompts of text or token ids, continued."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace.api.errors import ApiError
+from headrace.api.generation import (
+    ClientLeftError,
+    Generation,
+    check_model,
+    sampling_of,
+    text_options_of,
+    watching,
+)
+from headrace.api.logprobs import completion_logprobs, prompt_logprobs
+from headrace.api.sample import Piece, Sample
+from headrace.api.schema import CompletionRequest
+from headrace.api.served import Server
+from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
+from headrace.protocol.requests import TokenLogprobs
+from headrace.text import IncrementalDetokenizer
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def completion_routes(server: Server) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts."""
+        check_model(server, body.model)
+        prompts = await _prompts(server, body)
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        prompt_only = body.echo and max_tokens == 0
+        of_prompt = body.prompt_logprobs
+        if body.echo and body.logprobs is not None:
+            of_prompt = max(of_prompt or 0, body.logprobs)
+        sampling = sampling_of(
+            server,
+            body,
+            # The engine samples at least one token; of a request for none, only the prompt is told.
+            max_tokens=1 if prompt_only else max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=of_prompt,
+        )
+        generation = Generation(server, prompts, sampling, text_options_of(body), body)
+        choices = _Choices(server, body, generation, prompt_only)
+        if body.stream:
+            writer = _CompletionChunks(server, generation, body, choices)
+            return await stream_response(request.receive, generation, writer, body.include_usage)
+        return await _whole(server, request, generation, choices)
+
+    return router
+
+
+async def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
+    """The token ids of each prompt, whichever of the four forms they came in."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [await server.model.encode(prompt, add_special_tokens=body.add_special_tokens)]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    encoded = []
+    for one in prompt:
+        if isinstance(one, str):
+            encoded.append(await server.model.encode(one, add_special_tokens=body.add_special_tokens))
+        elif isinstance(one, list):
+            encoded.append(one)
+        else:
+            raise ApiError(400, "prompt: texts and token ids are mixed", param="prompt")
+    return encoded
+
+
+class _Choices:
+    """What both answers, whole and streamed, do to a piece: echo the prompt, count offsets."""
+
+    def __init__(
+        self, server: Server, body: CompletionRequest, generation: Generation, prompt_only: bool
+    ) -> None:
+        self._tokenizer = server.model.tokenizer
+        self._echo = body.echo
+        self._with_logprobs = body.logprobs is not None
+        self._alternatives = body.logprobs or 0
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self.prompt_only = prompt_only
+        self._generation = generation
+        self._n = len(generation.samples) // len(generation.prompts)
+        self._offsets = [0] * len(generation.samples)
+        self._begun = [False] * len(generation.samples)
+
+    def begun(self, choice: int) -> bool:
+        return self._begun[choice]
+
+    def add(self, choice: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
+        """The text and logprobs that a piece adds to a choice, the echoed prompt before its first."""
+        text, entries, texts = ("", [], []) if self.prompt_only else _parts(piece)
+        if self._echo and not self._begun[choice]:
+            prompt_text, prompt_entries, prompt_texts = self._prompt(choice // self._n)
+            text, entries, texts = prompt_text + text, prompt_entries + entries, prompt_texts + texts
+        self._begun[choice] = True
+        offset = self._offsets[choice]
+        self._offsets[choice] += len(text)
+        if not self._with_logprobs:
+            return text, None
+        return text, completion_logprobs(self._tokenizer, entries, texts, offset)
+
+    def finish_reason(self, sample: Sample) -> str | None:
+        return "length" if self.prompt_only and sample.finish_reason is not None else sample.finish_reason
+
+    def extra(self, choice: int) -> dict[str, Any]:
+        """vLLM's log-probabilities of the prompt, on its first choice."""
+        of_prompt = self._generation.prompt_logprobs[choice // self._n]
+        if not self._wants_prompt_logprobs or of_prompt is None or choice % self._n:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, of_prompt)}
+
+    def usage(self) -> dict[str, Any]:
+        usage = self._generation.usage()
+        if self.prompt_only:
+            usage.update(completion_tokens=0, total_tokens=usage["prompt_tokens"])
+        return usage
+
+    def _prompt(self, number: int) -> tuple[str, list[TokenLogprobs | None], list[str]]:
+        detokenizer = IncrementalDetokenizer(self._tokenizer)
+        texts = [detokenizer.push(token) for token in self._generation.prompts[number]]
+        texts[-1] += detokenizer.flush()
+        of_prompt = self._generation.prompt_logprobs[number] or []
+        entries: list[TokenLogprobs | None] = [None]
+        for entry in of_prompt:
+            top = entry.top[: self._alternatives]
+            entries.append(TokenLogprobs(entry.token, entry.logprob, entry.rank, top))
+        return "".join(texts), entries, texts
+
+
+def _parts(piece: Piece) -> tuple[str, list[TokenLogprobs | None], list[str]]:
+    return piece.text, [*piece.logprobs], piece.token_texts
+
+
+async def _whole(server: Server, request: Request, generation: Generation, choices: _Choices) -> Response:
+    pieces = [Piece("") for _ in generation.samples]
+    try:
+        with generation:
+            async with watching(request.receive, generation):
+                async for added in generation:
+                    for choice, piece in added:
+                        whole = pieces[choice]
+                        whole.text += piece.text
+                        whole.logprobs += piece.logprobs
+                        whole.token_texts += piece.token_texts
+    except ClientLeftError:
+        return Response(status_code=CLIENT_LEFT)
+    found = []
+    for choice, (sample, piece) in enumerate(zip(generation.samples, pieces, strict=True)):
+        text, logprobs = choices.add(choice, piece)
+        found.append(
+            {
+                "index": choice,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": choices.finish_reason(sample),
+                "stop_reason": sample.stop_reason,
+                **choices.extra(choice),
+            }
+        )
+    answer = {
+        "id": f"cmpl-{generation.id}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": server.model.name,
+        "choices": found,
+        "usage": choices.usage(),
+    }
+    return Response(orjson.dumps(answer), media_type="application/json")
+
+
+class _CompletionChunks(ChunkWriter):
+    def __init__(
+        self, server: Server, generation: Generation, body: CompletionRequest, choices: _Choices
+    ) -> None:
+        self._choices = choices
+        self._frame = {
+            "id": f"cmpl-{generation.id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": server.model.name,
+        }
+        self._plain = not body.echo and body.logprobs is None
+        self._usage = {"usage": None} if body.include_usage else {}
+        self._templates = [
+            ChunkTemplate(lambda text, choice=choice: self._chunk(choice, text))  # type: ignore[misc]
+            for choice in range(len(generation.samples))
+        ]
+
+    def begin(self, generation: Generation) -> bytes:
+        return b""
+
+    def piece(self, choice: int, piece: Piece, sample: Sample) -> bytes:
+        if self._plain and self._choices.begun(choice) and sample.finish_reason is None:
+            return self._templates[choice].fill(piece.text) if piece.text else b""
+        first = not self._choices.begun(choice)
+        text, logprobs = self._choices.add(choice, piece)
+        if not text and not piece.logprobs and sample.finish_reason is None and not first:
+            return b""
+        chunk = self._chunk(choice, text)
+        chunk["choices"][0]["logprobs"] = logprobs
+        if first:
+            chunk["choices"][0].update(self._choices.extra(choice))
+        if sample.finish_reason is not None:
+            chunk["choices"][0]["finish_reason"] = self._choices.finish_reason(sample)
+            chunk["choices"][0]["stop_reason"] = sample.stop_reason
+        return event(chunk)
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event({**self._frame, "choices": [], "usage": self._choices.usage()})
+
+    def _chunk(self, choice: int, text: str) -> dict[str, Any]:
+        choices = [{"index": choice, "text": text, "logprobs": None, "finish_reason": None}]
+        return {**self._frame, "choices": choices, **self._usage}

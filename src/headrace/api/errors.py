@@ -1,0 +1,135 @@
+"""Errors as OpenAI's clients expect them: one JSON object, whatever went wrong.
+
+In: refusals of the gateway, endings with an error, and everything that FastAPI refuses. Out: a status and
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from headrace.engine import RequestRefused
+from headrace.protocol.requests import ErrorCode, RequestError
+from headrace.text import TextError
+
+RETRY_AFTER_S = 1
+
+_STATUS = {
+    ErrorCode.INVALID: 400,
+    ErrorCode.OVERLOADED: 429,
+    ErrorCode.OUT_OF_BLOCKS: 400,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.INTERNAL: 500,
+}
+_TYPE = {
+    400: "invalid_request_error",
+    401: "invalid_request_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+_FIELD_NAMES = {"body", "query", "path", "header"}
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    @classmethod
+    def of(cls, error: RequestError) -> ApiError:
+        """The answer to a request that the gateway or the engine ended."""
+        status = _STATUS[error.code]
+        code = None if error.code is ErrorCode.INVALID else error.code.value
+        return cls(status, error.message, param=error.field, code=code)
+
+    def body(self) -> bytes:
+        """The error object, serialised."""
+        return orjson.dumps(
+            {
+                "error": {
+                    "message": _printable(str(self)),
+                    "type": _TYPE.get(
+                        self.status, "invalid_request_error" if self.status < 500 else "server_error"
+                    ),
+                    "param": self.param and _printable(self.param),
+                    "code": self.code,
+                }
+            }
+        )
+
+    def response(self) -> Response:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def _printable(text: str) -> str:
+    """`text` with unpaired surrogates, which JSON lets in and UTF-8 does not let out, spelled as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer everything that a route raises, or that keeps it from being called, with an error object."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestRefused)
+    async def refused(request: Request, error: RequestRefused) -> Response:
+        return ApiError.of(error.error).response()
+
+    @app.exception_handler(TextError)
+    async def not_text(request: Request, error: TextError) -> Response:
+        return ApiError(400, str(error), param=error.field).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _validation_error(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is nothing at {request.method} {request.url.path}"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed at {request.url.path}"
+        return ApiError(error.status_code, message).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # Starlette has the traceback logged by the server; the client learns no more than this.
+        return ApiError(500, "the server failed on this request; its log has the details").response()
+
+
+def _validation_error(found: Sequence[Any]) -> ApiError:
+    """The first thing that is wrong, with the path of its field as `messages[0].role`."""
+    first = found[0]
+    if first["type"] == "model_attributes_type" and len(first["loc"]) == 1:
+        return ApiError(400, "the body is not a JSON object; send one with Content-Type: application/json")
+    where = [part for part in first["loc"] if part not in _FIELD_NAMES]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    # A union's branches are part of pydantic's path, but not of the client's field.
+    path = ""
+    for part in where:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith(("list[", "constrained-", "function-")) and part not in ("str", "int"):
+            path += f".{part}" if path else part
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{path}: {message}" if path else message, param=path or None)

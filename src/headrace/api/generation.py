@@ -1,0 +1,207 @@
+"""From a validated body and its prompts' tokens to choices of text: the part that all routes share.
+
+In: prompts as token ids, the body's sampling fields. Out: for each wake-up, what was added to which choice.
+A choice is one sample of one prompt: choice = prompt * n + sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from headrace.api.errors import ApiError
+from headrace.api.sample import Piece, Sample, TextOptions
+from headrace.api.schema import SamplingFields
+from headrace.api.served import Server
+from headrace.cluster import OutputStream
+from headrace.protocol.requests import (
+    SEED_LIMIT,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprobs,
+)
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection; nobody is left to answer."""
+
+
+class Generation:
+    """One HTTP request's choices. Use it as a context manager: what has not ended is cancelled on leaving."""
+
+    def __init__(
+        self,
+        server: Server,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        text: TextOptions,
+        body: SamplingFields,
+    ) -> None:
+        """Submits. Raises RequestRefused for what the gateway does not accept."""
+        self.id = uuid.uuid4().hex
+        self.prompts = prompts
+        self.samples = [Sample(server.model.tokenizer, text) for _ in range(len(prompts) * sampling.n)]
+        self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(prompts)
+        self.cached_tokens = [0] * len(prompts)
+        self._n = sampling.n
+        self._numbers = {f"{self.id}-{number}": number for number in range(len(prompts))}
+        self._unfinished = len(self.samples)
+        self._stream: OutputStream = server.gateway.submit(
+            *(
+                GenerateRequest(
+                    request_id=request_id,
+                    prompt=prompts[number],
+                    sampling=sampling,
+                    priority=body.priority,
+                    cache_salt=body.cache_salt or "",
+                )
+                for request_id, number in self._numbers.items()
+            )
+        )
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what has not ended; whoever iterates gets ClientLeftError. Idempotent."""
+        self._stream.close()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Piece]]:
+        """Wait for outputs: the choices that went on, and by what.
+
+        Raises ApiError when the engine ended one of them with an error, ClientLeftError after `close`.
+        """
+        if not self._unfinished:
+            raise StopAsyncIteration
+        try:
+            outputs = await anext(self._stream)
+        except StopAsyncIteration:
+            raise ClientLeftError from None
+        return [self._take(output) for output in outputs]
+
+    def _take(self, output: SequenceOutput) -> tuple[int, Piece]:
+        number = self._numbers[output.request_id]
+        choice = number * self._n + output.index
+        sample = self.samples[choice]
+        if output.cached_tokens is not None and output.index == 0:
+            self.cached_tokens[number] = output.cached_tokens
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[number] = output.prompt_logprobs
+        if sample.finish_reason is not None:
+            return choice, Piece("")  # the engine's answer to a cancellation from here
+        finish = output.finish
+        if finish is not None and finish.error is not None:
+            raise ApiError.of(finish.error)
+        if finish is not None and finish.reason is FinishReason.CANCELLED:
+            raise ClientLeftError
+        piece = sample.push(output)
+        if sample.finish_reason is not None:
+            self._unfinished -= 1
+            if sample.stopped_here:
+                self._stream.cancel(output.request_id, output.index)
+        return choice, piece
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, as OpenAI reports them."""
+        prompt_tokens = sum(map(len, self.prompts))
+        completion_tokens = sum(sample.tokens for sample in self.samples)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens)},
+        }
+
+
+@asynccontextmanager
+async def watching(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """Cancel the generation as soon as the client closes its connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.close()
+
+    watcher = asyncio.create_task(watch(), name="api.client")
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def sampling_of(
+    server: Server,
+    body: SamplingFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """The engine's parameters for a body; where it says nothing, the model's recommendation, then OpenAI's.
+
+    Limits that cannot matter are cut to what can: no output is longer than the context, and the top_k of a
+    whole vocabulary, or vLLM's -1, is no top_k. A client without a seed gets one at random.
+    """
+    defaults = server.model.sampling_defaults
+
+    def chosen(name: str, otherwise: float) -> Any:
+        value = getattr(body, name)
+        return value if value is not None else defaults.get(name, otherwise)
+
+    info = server.gateway.info
+    longest, vocabulary = (info.max_model_len, info.vocab_size) if info is not None else (1, 1)
+    return SamplingParams(
+        max_tokens=min(max_tokens, longest),
+        min_tokens=body.min_tokens or 0,
+        n=1 if body.n is None else body.n,
+        temperature=chosen("temperature", 1.0),
+        top_p=chosen("top_p", 1.0),
+        top_k=_top_k(chosen("top_k", 0), vocabulary),
+        min_p=chosen("min_p", 0.0),
+        repetition_penalty=chosen("repetition_penalty", 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        seed=server.seeds.getrandbits(64) if body.seed is None else body.seed % SEED_LIMIT,
+        ignore_eos=body.ignore_eos,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _top_k(asked: int, vocabulary: int) -> int:
+    return 0 if asked == -1 or asked >= vocabulary else asked
+
+
+def text_options_of(body: SamplingFields) -> TextOptions:
+    return TextOptions(
+        stop=body.stop_strings,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        min_tokens=body.min_tokens or 0,
+    )
+
+
+def check_model(server: Server, name: str | None) -> None:
+    """Raise a 404 for a model that is not served here."""
+    if name is not None and name != server.model.name:
+        raise ApiError(
+            404,
+            f"the model {name!r} does not exist here; {server.model.name!r} is served",
+            param="model",
+            code="model_not_found",
+        )

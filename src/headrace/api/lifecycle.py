@@ -1,0 +1,74 @@
+"""Routes about the server itself: is it alive, can it answer now, what does it serve, how is it doing."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from headrace import __version__
+from headrace.api.generation import check_model
+from headrace.api.served import Server
+from headrace.cluster import GatewayState
+from headrace.observe.metrics import CONTENT_TYPE
+
+
+def lifecycle_routes(server: Server) -> APIRouter:
+    """Routes that need no API key."""
+    router = APIRouter()
+
+    def state(ok: bool) -> Response:
+        body = orjson.dumps({"status": server.gateway.state})
+        return Response(body, 200 if ok else 503, media_type="application/json")
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 while the process and its engine can serve, now or when loading or draining is done."""
+        return state(server.gateway.state is not GatewayState.DEAD)
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 when the model answers now."""
+        return state(server.gateway.state is GatewayState.READY)
+
+    @router.get("/version")
+    async def version() -> Response:
+        """Headrace's version."""
+        return Response(orjson.dumps({"version": __version__}), media_type="application/json")
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def model_routes(server: Server) -> APIRouter:
+    """What is served, as OpenAI lists it."""
+    router = APIRouter()
+
+    def card() -> dict[str, object]:
+        info = server.gateway.info
+        return {
+            "id": server.model.name,
+            "object": "model",
+            "created": server.model.created,
+            "owned_by": "headrace",
+            "root": server.model.name,
+            "parent": None,
+            "max_model_len": info.max_model_len if info is not None else None,
+        }
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The models that are served."""
+        return Response(orjson.dumps({"object": "list", "data": [card()]}), media_type="application/json")
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One model."""
+        check_model(server, name)
+        return Response(orjson.dumps(card()), media_type="application/json")
+
+    return router

@@ -1,0 +1,207 @@
+"""The bodies that clients send, as OpenAI documents them and with the fields that vLLM's clients add.
+
+Unknown fields are ignored, as OpenAI's clients expect; wrong types are refused. Fields that would change what
+comes back and are not served are refused by name, never ignored. Limits of values are the engine's to state
+(`engine/limits.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1024
+MAX_PROMPTS = 256
+MAX_TOKEN_ID_DIGITS = 10
+MAX_SALT_CHARACTERS = 256
+SEED_RANGE = (-(1 << 63), (1 << 64) - 1)
+PRIORITY_RANGE = (-(1 << 31), (1 << 31) - 1)
+TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "tools", "add_generation_prompt"})
+"""What a chat template is given by other fields."""
+
+StopStrings = str | list[str] | None
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class SamplingFields(BaseModel):
+    """What chat and text completions have in common. None stands for a field that was not sent."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    n: int | None = None
+    stop: StopStrings = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: Annotated[int, Field(ge=SEED_RANGE[0], le=SEED_RANGE[1])] | None = None
+    user: str | None = None
+
+    top_k: int | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    priority: Annotated[int, Field(ge=PRIORITY_RANGE[0], le=PRIORITY_RANGE[1])] = 0
+    cache_salt: str | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
+
+    @field_validator("stop")
+    @classmethod
+    def _bounded_stop(cls, stop: StopStrings) -> StopStrings:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(strings)} stop strings, the limit is {MAX_STOP_STRINGS}")
+        if any(not 0 < len(string) <= MAX_STOP_CHARACTERS for string in strings):
+            raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _numbered_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
+                raise ValueError(f"{key!r} is not a token id")
+        return bias
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _short_salt(cls, salt: str | None) -> str | None:
+        if salt is not None and len(salt) > MAX_SALT_CHARACTERS:
+            raise ValueError(f"{len(salt)} characters, the limit is {MAX_SALT_CHARACTERS}")
+        try:
+            (salt or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not valid Unicode") from None
+        return salt
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream: true")
+        return self
+
+
+class ChatMessage(BaseModel):
+    """One message. What it has beside role and content is handed to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _only_text(cls, kind: str) -> str:
+        if kind != "text":
+            raise ValueError(f"{kind!r} is not served, only 'text' is")
+        return kind
+
+
+class ChatCompletionRequest(SamplingFields):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _own_names(cls, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
+        if taken := TEMPLATE_ARGUMENTS.intersection(arguments or ()):
+            raise ValueError(f"{sorted(taken)[0]!r} is given by another field")
+        return arguments
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        if tools:
+            raise ValueError("calling tools is not served")
+        return tools
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _no_continuation(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("continuing the final message is not served")
+        return value
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs: true")
+        return self
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+    @field_validator("prompt")
+    @classmethod
+    def _some_prompts(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list):
+            if not prompt:
+                raise ValueError("the list of prompts is empty")
+            if not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
+                raise ValueError(f"{len(prompt)} prompts, the limit is {MAX_PROMPTS}")
+        return prompt
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, suffix: str | None) -> str | None:
+        if suffix:
+            raise ValueError("completing before a suffix is not served")
+        return suffix
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of other than n is not served")
+        return self

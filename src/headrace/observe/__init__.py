@@ -1,0 +1,8 @@
+"""What can be seen of a running system from outside: metrics.
+
+In: numbers from the gateway. Out: text for Prometheus. It must not know requests' contents or who made them.
+"""
+
+from headrace.observe.metrics import Metrics
+
+__all__ = ["Metrics"]
