@@ -30,8 +30,6 @@ def resolve(name_or_path: str | Path, listener: PullListener | None = None) -> M
     if path.is_dir():
         return open_model(path)
     if path.is_file() or text.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelNotFoundError(f"no file {path}")
         return open_model(import_gguf(path, listener=listener), name=path.stem)
     if text in BUILTIN_MODELS:
         return open_model(pull(text, listener))
@@ -52,6 +50,8 @@ def import_gguf(path: Path, name: str | None = None, listener: PullListener | No
     Under `name`, a model of that name is replaced when it came from another file. Without one, the directory
     is named after the file's stem and content, and made once.
     """
+    if not path.is_file():
+        raise ModelNotFoundError(f"no file {path}")
     listener = listener or PullListener()
     key = _content_key(path)
     if name is None:
