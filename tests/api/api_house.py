@@ -143,6 +143,7 @@ class ApiHouse:
             time.sleep(0.005)
         self.do(pool.check)
 
+    background: list[asyncio.Task[Any]] = []  # noqa: RUF012  # tasks that a test began
     engine: Engine
     gateway: Gateway
     metrics: Metrics

@@ -90,9 +90,9 @@ class Generation:
             outputs = await anext(self._stream)
         except StopAsyncIteration:
             raise ClientLeftError from None
-        return [self._take(output) for output in outputs]
+        return [taken for output in outputs if (taken := self._take(output)) is not None]
 
-    def _take(self, output: SequenceOutput) -> tuple[int, Piece]:
+    def _take(self, output: SequenceOutput) -> tuple[int, Piece] | None:
         number = self._numbers[output.request_id]
         choice = number * self._n + output.index
         sample = self.samples[choice]
@@ -101,7 +101,7 @@ class Generation:
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[number] = output.prompt_logprobs
         if sample.finish_reason is not None:
-            return choice, Piece("")  # the engine's answer to a cancellation from here
+            return None  # sent before the engine knew that a stop string had ended this sample
         finish = output.finish
         if finish is not None and finish.error is not None:
             raise ApiError.of(finish.error)

@@ -33,7 +33,7 @@ class Piece:
 
 
 class Sample:
-    """Turns outputs into pieces until `finish_reason` is set; what comes after is dropped."""
+    """Turns outputs into pieces until `finish_reason` is set."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._options = options
@@ -50,8 +50,6 @@ class Sample:
     def push(self, output: SequenceOutput) -> Piece:
         """Take in the next output. One that ends in an error is the caller's business."""
         piece = Piece("")
-        if self.finish_reason is not None:
-            return piece
         finish = output.finish
         stop_token = finish.stop_token if finish is not None else None
         hidden = len(output.tokens) - 1 if stop_token is not None and not self._options.include_stop else None
@@ -80,7 +78,10 @@ class Sample:
         return text
 
     def _end(self, piece: Piece, reason: FinishReason, stop_token: int | None) -> None:
-        piece.text += self._checked(self._detokenizer.flush())
+        text = self._detokenizer.flush()
+        if piece.token_texts:
+            piece.token_texts[-1] += text
+        piece.text += self._checked(text)
         if self.finish_reason is None:
             if self._stops is not None:
                 piece.text += self._stops.flush()

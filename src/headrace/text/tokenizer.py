@@ -65,13 +65,12 @@ class Tokenizer:
 
         Raises `TextError` for text with unpaired surrogates, which has no UTF-8 form.
         """
+        backend = self._backend if parse_special else self._without_special()
         try:
-            backend = self._backend if parse_special else self._without_special()
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"the text has an unpaired surrogate at position {error.start}: it is not valid Unicode"
-            ) from error
+        except (TypeError, UnicodeEncodeError):  # which of them differs between versions of the library
+            _check_unicode(text)
+            raise
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary are left out."""
@@ -96,3 +95,12 @@ class Tokenizer:
             plain.encode_special_tokens = True
             self._plain = plain
         return self._plain
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has an unpaired surrogate at position {error.start}: it is not valid Unicode"
+        ) from error
