@@ -1,14 +1,15 @@
 """The engine's core: which tokens of which request run in the next step, and in which KV blocks.
 
-Pure Python, no torch, no clock, no I/O. It reads top to bottom: `limits`, `sequence`, `blocks`, `cache`,
-`plan`, `scheduler`, `engine`.
+Pure Python, no torch, no clock, no I/O. It reads top to bottom: `limits`, `options`, `sequence`, `queue`,
+`blocks`, `cache`, `plan`, `scheduler`, `engine`.
 """
 
 from headrace.engine.cache import GroupSpec, KVCache
 from headrace.engine.engine import Engine
-from headrace.engine.limits import ModelLimits, RequestRefused, check_request
+from headrace.engine.limits import ModelLimits, RequestRefused, check_request, num_samples
+from headrace.engine.options import SchedulerConfig
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
-from headrace.engine.scheduler import Scheduler, SchedulerConfig
+from headrace.engine.scheduler import Scheduler
 
 __all__ = [
     "Engine",
@@ -24,4 +25,5 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "check_request",
+    "num_samples",
 ]

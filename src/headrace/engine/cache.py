@@ -66,7 +66,8 @@ class KVCache:
         self.block_size = block_size
         self.groups = tuple(groups)
         self._windowed = [number for number, group in enumerate(self.groups) if group.window is not None]
-        self._no_blocks: tuple[list[int], ...] = tuple([] for _ in self.groups)
+        self.no_blocks: tuple[list[int], ...] = tuple([] for _ in self.groups)
+        """What `extend` gives to whom it need not give anything."""
         self._fingerprint = fingerprint
         self._key = key
 
@@ -140,16 +141,20 @@ class KVCache:
         sequence.scheduled = sequence.computed = hit.length
         sequence.published = hit.length // self.block_size
 
+    def covers(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence has the blocks for positions below `length`."""
+        return length <= len(sequence.tables[0]) * self.block_size  # tables grow together
+
     def room(self, sequence: Sequence) -> int:
         """The length that a sequence can reach with its blocks and those there are to take."""
         more = self.pool.available // len(self.groups)
-        return (len(sequence.tables[0]) + more) * self.block_size  # tables grow together
+        return (len(sequence.tables[0]) + more) * self.block_size
 
     def extend(self, sequence: Sequence, length: int) -> tuple[list[int], ...]:
         """Make room for positions below `length`, at most `room`: the new blocks of each group."""
         count = -(-length // self.block_size) - len(sequence.tables[0])
         if count <= 0:
-            return self._no_blocks
+            return self.no_blocks
         added = []
         for table in sequence.tables:
             new = self.pool.take(count)

@@ -31,6 +31,11 @@ class ModelLimits:
     vocab_size: int
 
 
+def num_samples(request: GenerateRequest) -> int:
+    """How many samples a request is answered for: n, or as near to it as may be where n is refused."""
+    return min(max(1, request.sampling.n), MAX_SAMPLES)
+
+
 def check_request(request: GenerateRequest, limits: ModelLimits) -> None:
     """Raise RequestRefused, naming the field and its limit, if the request can never be served."""
     length = len(request.prompt)

@@ -11,6 +11,8 @@ import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import msgspec
+
 from headrace.protocol.requests import SamplingParams, TokenLogprobs
 
 
@@ -30,8 +32,7 @@ class RowStart:
     """Per KV group, the blocks that come from the prefix cache (-1: behind the window)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, frozen=True):
     """Compute positions start to start + count - 1 of a row, and sample what follows if `sample`.
 
     A position whose token is not known here was sampled by a step still in flight: the executor has it.
@@ -42,7 +43,8 @@ class ScheduledRow:
     count: int
     sample: bool
     new_blocks: tuple[list[int], ...]
-    """Per KV group, blocks appended to the row's table before the step."""
+    """Per KV group, blocks appended to the row's table before the step. Not to be changed: rows that get none
+    share one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ the highest rank always advances, and everything ends: nothing stalls, nothing s
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from headrace.engine.cache import KVCache, PrefixHit
-from headrace.engine.limits import MAX_SAMPLES, ModelLimits, RequestRefused, check_request
+from headrace.engine.limits import ModelLimits, RequestRefused, check_request, num_samples
+from headrace.engine.options import SchedulerConfig, SchedulerCounters
 from headrace.engine.plan import RowStart, ScheduledRow, StepPlan, StepResult
+from headrace.engine.queue import WaitingQueue
 from headrace.engine.sequence import Sequence, State
 from headrace.protocol.requests import (
     ErrorCode,
@@ -32,41 +32,6 @@ from headrace.protocol.requests import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """The limits of one engine. All lengths are in tokens."""
-
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int] = frozenset()
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 4096
-    reuse_prefix: bool = True
-    steps_in_flight: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_waiting", "steps_in_flight"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}), so that every running sequence can advance in every step"
-            )
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Totals since the start."""
-
-    preemptions: int = 0
-    prefix_queries: int = 0
-    """Tokens looked up in the prefix cache."""
-    prefix_hits: int = 0
-    """Tokens found there."""
-
-
 class Scheduler:
     """Plans steps over one `KVCache`. `schedule` and `commit` cost O(sequences that change)."""
 
@@ -76,12 +41,14 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._requests: dict[str, list[Sequence]] = {}
         self._running: list[Sequence] = []  # by rank
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []  # heap; the ended are skipped
-        self._num_waiting = 0
+        self._waiting = WaitingQueue()
+        self._num_blocked = 0
         self._draining: set[Sequence] = set()  # not running, but named by a step in flight
         self._rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._submitted: dict[int, list[Sequence]] = {}
         self._in_flight_tokens = config.max_num_batched_tokens * config.steps_in_flight
+        self._stuck: tuple[Sequence, int, int] | None = None
+        """Who waited first and did not fit, the blocks available then, and how many ran."""
         self._arrivals = 0
         self._steps = 0
         self._outputs: list[SequenceOutput] = []
@@ -96,28 +63,35 @@ class Scheduler:
             self._refuse_what_cannot_run(request)
         except RequestRefused as refused:
             finish = Finish(FinishReason.ERROR, error=refused.error)
-            for index in range(min(max(1, request.sampling.n), MAX_SAMPLES)):
+            for index in range(num_samples(request)):
                 self._outputs.append(SequenceOutput(request.request_id, index, finish=finish))
             return
         # Without prefix reuse a request still shares blocks among its own samples, and with nobody else.
         salt = f"shared:{request.cache_salt}" if self.config.reuse_prefix else f"own:{self._arrivals}"
         root = self.cache.root(salt)
+        params = request.sampling
+        stops = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else self.config.eos_token_ids
+        )
+        limit = min(len(request.prompt) + params.max_tokens, self.config.max_model_len)
         sequences = [
             Sequence(
                 request=request,
                 index=index,
                 rank=(request.priority, self._arrivals, index),
-                seed=sample_seed(request.sampling.seed, index),
+                seed=sample_seed(params.seed, index),
                 root=root,
+                stops=stops,
+                limit=limit,
                 state=State.WAITING if index == 0 else State.BLOCKED,
                 tokens=list(request.prompt),
             )
-            for index in range(request.sampling.n)
+            for index in range(params.n)
         ]
         self._arrivals += 1
         self._requests[request.request_id] = sequences
-        self._num_waiting += len(sequences)
-        heapq.heappush(self._waiting, (sequences[0].rank, sequences[0]))
+        self._waiting.push(sequences[0])
+        self._num_blocked += params.n - 1
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or its sample `index`; one that has ended already is left alone."""
@@ -133,7 +107,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        """Sequences that have no row, and samples that wait for the first of their request."""
+        return len(self._waiting) + self._num_blocked
 
     @property
     def held_tokens(self) -> int:
@@ -179,7 +154,7 @@ class Scheduler:
                 self.cache.advance(sequence)
             if sequence.state is not State.ENDED:
                 self._take_result(sequence, i, result)
-            if sequence in self._draining and sequence.in_flight == 0:
+            if self._draining and sequence.in_flight == 0 and sequence in self._draining:
                 self._give_back(sequence)
 
     # ---- planning ------------------------------------------------------------------------------------
@@ -191,12 +166,14 @@ class Scheduler:
         """
         satisfied = True
         i = 0
-        while i < len(self._running):
+        while i < len(self._running):  # which gets shorter where blocks run out
             sequence = self._running[i]
-            others = len(self._running) - i - 1  # each is sure of one token
             wanted = self._uncomputed(sequence)
             if wanted > 0:
-                count = self._make_room(sequence, min(wanted, budget - others))
+                others = len(self._running) - i - 1  # each is sure of one token
+                count = wanted if wanted <= budget - others else budget - others
+                if not self.cache.covers(sequence, sequence.scheduled + count):
+                    count = self._make_room(sequence, count)
                 if count > 0:
                     self._plan_row(plan, planned, sequence, count)
                     budget -= count
@@ -224,21 +201,32 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, planned: list[Sequence], budget: int) -> None:
         """Start waiting sequences in order of rank while rows, blocks and budget last."""
-        while budget > 0 and (sequence := self._first_waiting()) is not None:
+        while budget > 0 and (sequence := self._waiting.first()) is not None:
             if sequence.in_flight:
                 return  # preempted a moment ago; its last step still runs
             if not self._rows and not self._preempt_for(sequence):
+                return
+            if self._is_stuck(sequence):
                 return
             hit = self.cache.match(sequence) if sequence.reads_cache else None
             if not self._fits(sequence, hit):
                 if self._preempt_for(sequence):
                     continue
                 if self._running or self._draining:
+                    if not self._draining:
+                        self._stuck = (sequence, self.cache.pool.available, len(self._running))
                     return
                 if self.cache.least_blocks(len(sequence.tokens)) > self.cache.pool.total:
                     self._end(sequence, self._out_of_blocks(sequence))
                     continue
             budget = self._start(plan, planned, sequence, hit, budget)
+
+    def _is_stuck(self, sequence: Sequence) -> bool:
+        """Whether a sequence did not fit and nothing was given back since: looking again would be vain."""
+        if self._stuck is None:
+            return False
+        who, available, running = self._stuck
+        return who is sequence and self.cache.pool.available <= available and len(self._running) >= running
 
     def _fits(self, sequence: Sequence, hit: PrefixHit | None) -> bool:
         """Whether all that is known of a sequence fits, with blocks to grow for each running one.
@@ -261,8 +249,8 @@ class Scheduler:
 
         Returns what is left of the budget for others: nothing if it could not start on all it wants.
         """
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.remove(sequence)
+        self._stuck = None
         sequence.state = State.RUNNING
         sequence.row = self._rows.pop()
         insort(self._running, sequence, key=_rank)
@@ -291,24 +279,26 @@ class Scheduler:
         if sequence.row is None:
             raise RuntimeError("a running sequence has no row")
         start = sequence.scheduled
-        blocks = self.cache.extend(sequence, start + count)
-        sample = start + count == sequence.wanted
+        length = start + count
+        cache = self.cache
+        blocks = cache.no_blocks if cache.covers(sequence, length) else cache.extend(sequence, length)
+        sample = length == len(sequence.tokens) + sequence.pending
         plan.rows.append(ScheduledRow(sequence.row, start, count, sample, blocks))
         planned.append(sequence)
-        sequence.scheduled += count
+        sequence.scheduled = length
         sequence.pending += sample
         sequence.in_flight += 1
 
     def _uncomputed(self, sequence: Sequence) -> int:
         """Positions to compute now. The last token that a sequence may have is never computed."""
-        most = min(sequence.prompt_length + sequence.params.max_tokens, self.config.max_model_len) - 1
-        return min(sequence.wanted, most) - sequence.scheduled
+        wanted = len(sequence.tokens) + sequence.pending
+        return (wanted if wanted < sequence.limit else sequence.limit - 1) - sequence.scheduled
 
     # ---- consequences --------------------------------------------------------------------------------
 
     def _take_result(self, sequence: Sequence, i: int, result: StepResult) -> None:
         """Append what a step sampled, report it, and end the sequence where a token ends it."""
-        if i in result.prompt_logprobs and not sequence.prompt_logprobs_done:
+        if result.prompt_logprobs and i in result.prompt_logprobs and not sequence.prompt_logprobs_done:
             sequence.prompt_logprobs.extend(result.prompt_logprobs[i])
         tokens = result.tokens[i]
         if not tokens:
@@ -318,33 +308,34 @@ class Scheduler:
             sequence.tokens.append(tokens[taken])
             taken += 1
             finish = self._finish_after(sequence)
+        first = sequence.output_length == taken
         prompt_logprobs = None
-        if not sequence.reads_cache:
+        if first and not sequence.reads_cache:
             sequence.prompt_logprobs_done = True
             prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
-        logprobs: list[TokenLogprobs] | None = result.logprobs.get(i)
+        logprobs: list[TokenLogprobs] | None = result.logprobs.get(i) if result.logprobs else None
         self._outputs.append(
             SequenceOutput(
                 sequence.request.request_id,
                 sequence.index,
-                tokens[:taken],
+                tokens if taken == len(tokens) else tokens[:taken],
                 logprobs[:taken] if logprobs is not None else None,
                 prompt_logprobs,
-                sequence.cached_tokens if sequence.output_length == taken else None,
+                sequence.cached_tokens if first else None,
                 finish,
             )
         )
         if finish is not None:
             self._remove(sequence)
-        elif sequence.index == 0 and sequence.output_length == taken:
+        elif first and sequence.index == 0:
             self._unblock_samples(sequence)
 
     def _finish_after(self, sequence: Sequence) -> Finish | None:
         """Whether the last token ends its sequence. Before min_tokens the executor samples no stop token."""
-        token, params = sequence.tokens[-1], sequence.params
-        if token in params.stop_token_ids or (token in self.config.eos_token_ids and not params.ignore_eos):
+        token = sequence.tokens[-1]
+        if token in sequence.stops:
             return Finish(FinishReason.STOP, stop_token=token)
-        if sequence.output_length >= params.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
+        if len(sequence.tokens) >= sequence.limit:
             return Finish(FinishReason.LENGTH)
         return None
 
@@ -366,8 +357,7 @@ class Scheduler:
         self.counters.preemptions += 1
         self._running.remove(sequence)
         sequence.state = State.WAITING
-        self._num_waiting += 1
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._waiting.push(sequence)
         self._leave(sequence)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
@@ -380,10 +370,11 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._running.remove(sequence)
             self._leave(sequence)
+        elif sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
         else:
-            self._num_waiting -= 1
+            self._num_blocked -= 1
         sequence.state = State.ENDED
-        self._forget_ended()
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -396,7 +387,8 @@ class Scheduler:
         for sample in self._requests.get(first.request.request_id, ()):
             if sample.state is State.BLOCKED:
                 sample.state = State.WAITING
-                heapq.heappush(self._waiting, (sample.rank, sample))
+                self._num_blocked -= 1
+                self._waiting.push(sample)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.in_flight:
@@ -414,18 +406,6 @@ class Scheduler:
         sequence.prompt_logprobs = []
         self.cache.release(sequence)
 
-    def _forget_ended(self) -> None:
-        """Drop ended sequences from the queue once they are most of it: clients may come and go behind a
-        head that waits for long."""
-        if len(self._waiting) > 2 * self._num_waiting + 64:
-            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
-            heapq.heapify(self._waiting)
-
-    def _first_waiting(self) -> Sequence | None:
-        while self._waiting and self._waiting[0][1].state is not State.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
-
     # ---- refusals ------------------------------------------------------------------------------------
 
     def _refuse_what_cannot_run(self, request: GenerateRequest) -> None:
@@ -441,10 +421,10 @@ class Scheduler:
                 "prompt",
             )
         most = self.config.max_num_seqs + self.config.max_waiting
-        if len(self._running) + self._num_waiting + request.sampling.n > most:
+        if self.num_running + self.num_waiting + request.sampling.n > most:
             raise RequestRefused(
                 ErrorCode.OVERLOADED,
-                f"{len(self._running)} sequences run, {self._num_waiting} wait, and the limit is {most}",
+                f"{self.num_running} sequences run, {self.num_waiting} wait, and the limit is {most}",
             )
 
     def _out_of_blocks(self, sequence: Sequence) -> Finish:

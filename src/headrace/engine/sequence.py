@@ -41,6 +41,10 @@ class Sequence:
     seed: int
     root: bytes
     """Where the chain of block hashes starts: model, layout and tenant."""
+    stops: frozenset[int]
+    """Tokens that end it."""
+    limit: int
+    """Tokens, prompt included, at which it ends."""
 
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
@@ -65,18 +69,18 @@ class Sequence:
     """Prompt tokens found in the cache when first admitted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_done: bool = False
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt)
 
     @property
     def params(self) -> SamplingParams:
         return self.request.sampling
 
     @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def output_length(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_length
 
     @property
     def wanted(self) -> int:

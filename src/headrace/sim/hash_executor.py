@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from headrace.engine.cache import GroupSpec, KVCache
 from headrace.engine.engine import Engine
+from headrace.engine.options import SchedulerConfig
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
-from headrace.engine.scheduler import Scheduler, SchedulerConfig
+from headrace.engine.scheduler import Scheduler
 from headrace.protocol.requests import SamplingParams
 from headrace.sim.hash_model import Expected, HashModel, expected, expected_tokens
 

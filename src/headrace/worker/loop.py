@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from headrace.engine import Engine
+from headrace.engine import Engine, num_samples
 from headrace.engine.blocks import BlockRemoved
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import (
@@ -134,7 +134,7 @@ class _Worker:
 
     def _accept(self, request: GenerateRequest) -> None:
         self._world.trace("worker.accept", request.request_id)
-        self._open[request.request_id] = set(range(max(1, request.sampling.n)))
+        self._open[request.request_id] = set(range(num_samples(request)))
         self._engine.add(request)
 
     # ---- what goes out -------------------------------------------------------------------------------
