@@ -163,7 +163,7 @@ def _facts(model: ModelFiles) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A `ModelError` becomes a message on stderr and exit status 1. SIGTERM unwinds, so that nothing is left."""
+    """A `ModelError` becomes a message on stderr and exit status 1. SIGTERM leaves nothing behind."""
 
     def unwind(signum: int, frame: FrameType | None) -> None:
         sys.exit(128 + signum)

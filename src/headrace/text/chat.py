@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
+from headrace.store import ModelFiles
+
 from .errors import TemplateError, TextError
 from .sandbox import SandboxedTemplates, budget
 
@@ -50,6 +52,15 @@ class ChatTemplate:
             ) from error
         except Exception as error:
             raise TemplateError(f"the chat template cannot be compiled: {_words(error)}") from error
+
+    @classmethod
+    def from_model(
+        cls, files: ModelFiles, now: Callable[[], datetime] = datetime.now
+    ) -> "ChatTemplate | None":
+        """The template that came with a model; None for a model without one."""
+        if files.chat_template is None:
+            return None
+        return cls(files.chat_template, special_tokens_of(files.tokenizer_config), now)
 
     def render(
         self,

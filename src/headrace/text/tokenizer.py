@@ -10,6 +10,8 @@ from typing import Final
 
 from tokenizers import Tokenizer as Backend
 
+from headrace.store import ModelFiles
+
 from .errors import TextError, UnsupportedTokenizerError
 from .pieces import ByteLevelPieces, SentencePieces, pieces_of
 
@@ -53,6 +55,13 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class for every kind of broken file
             raise UnsupportedTokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
         return cls(backend, bos_token_id=bos_token_id, eos_token_ids=eos_token_ids)
+
+    @classmethod
+    def from_model(cls, files: ModelFiles) -> "Tokenizer":
+        """The tokenizer of a model, with the ids that its configuration names."""
+        return cls.from_file(
+            files.tokenizer, bos_token_id=files.bos_token_id, eos_token_ids=files.eos_token_ids
+        )
 
     @property
     def vocab_size(self) -> int:
