@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from headrace.config.engine import EngineOptions
+from headrace.config.engine import EngineOptions, usable_cores
 from headrace.engine import Engine
 from headrace.execution.build import build_engine
 from headrace.protocol.requests import GenerateRequest, SamplingParams
@@ -80,12 +80,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
 
+    files = resolve(arguments.model)
     options = EngineOptions(
-        model=str(resolve(arguments.model).directory),
+        directory=str(files.directory),
+        served_name=files.name,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         batch_invariant=arguments.batch_invariant,
-        threads=arguments.threads,
+        threads=arguments.threads or usable_cores(),
         max_model_len=1024,
         prefix_caching=False,
     )
