@@ -297,6 +297,26 @@ def test_the_clock_stands_while_anything_is_ready() -> None:
     run(main)
 
 
+def test_what_is_always_ready_keeps_neither_timers_nor_the_end_waiting() -> None:
+    async def main(simulation: Any) -> list[str]:
+        log: list[str] = []
+
+        async def spin() -> None:
+            while True:
+                log.append("spin")
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(spin())
+        await asyncio.sleep(0)
+        due = simulation.loop.create_future()
+        simulation.loop.call_at(simulation.loop.time(), due.set_result, None)
+        await due
+        assert not task.done()
+        return log
+
+    assert 2 <= len(run(main, max_callbacks=1000).result) <= 4
+
+
 def test_cancelled_timers_neither_run_nor_pile_up_nor_move_the_clock() -> None:
     async def main(simulation: Any) -> int:
         loop = simulation.loop
@@ -566,6 +586,11 @@ def test_the_trace_hash_sees_events_and_times() -> None:
     ]
     different += [traced((1, b"a"), (1, "b")), traced((1, "a"), (1, "b"), (0, 1))]
     assert len({base, *different}) == 7
+
+    async def sleeps(simulation: Any) -> None:
+        await asyncio.sleep(simulation.random.stream("sleep").random())
+
+    assert len({run(sleeps, seed=seed).trace_hash for seed in range(5)}) == 5
 
 
 def test_kept_events_have_their_times() -> None:

@@ -226,6 +226,17 @@ async def test_a_one_way_partition_delivers_but_does_not_acknowledge(pair: Pair)
 
 
 @scenario
+async def test_sending_more_does_not_put_off_the_time_out(pair: Pair) -> None:
+    pair.network.partition("a", "b")
+    began = now()
+    with pytest.raises(ConnectionLost, match="acknowledged for 30 s"):
+        while now() < began + 10 * TIMEOUT_S:
+            pair.a.write(b"x")
+            await asyncio.sleep(1)
+    assert now() - began == pytest.approx(TIMEOUT_S, abs=1.1)
+
+
+@scenario
 async def test_progress_keeps_a_sender_alive(pair: Pair) -> None:
     reader = Reader(pair.b)
     for _ in range(20):
@@ -397,6 +408,19 @@ async def test_what_a_silent_machine_was_repeating_is_gone_for_good(pair: Pair) 
     pair.network.restart_host("b")
     await asyncio.sleep(10 * TIMEOUT_S)
     assert not reader.data
+
+
+@scenario
+async def test_a_silent_machine_acknowledges_nothing_after_its_death(pair: Pair) -> None:
+    reader = Reader(pair.a)
+    pair.network.partition("b", "a", one_way=True)
+    pair.a.write(b"arrives")
+    await asyncio.sleep(1)
+    pair.network.crash_host("b", Crash.SILENT)
+    pair.network.restart_host("b")
+    pair.network.heal("a", "b")
+    await asyncio.sleep(TIMEOUT_S)
+    assert isinstance(reader.ending, ConnectionLost)
 
 
 @scenario

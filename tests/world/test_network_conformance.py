@@ -224,6 +224,20 @@ async def test_close_loses_nothing_although_the_peer_is_still_sending(stage) -> 
 
 
 @in_every_place
+async def test_close_waits_for_a_slow_reader_before_it_lingers(stage) -> None:
+    client, server, end = await connected(stage)
+    size = 2 * stage.buffer_bound
+    server.write(bytes(size))
+    closing = asyncio.create_task(server.close())
+    await asyncio.sleep(0.3)  # longer than it would linger
+    client.write(bytes(100_000))
+    assert len(await read_all(client)) == size
+    await client.close()
+    await closing
+    await end()
+
+
+@in_every_place
 async def test_close_ends_soon_although_the_peer_holds_on(stage) -> None:
     client, server, end = await connected(stage)
     async with asyncio.timeout(5):

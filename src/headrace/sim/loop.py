@@ -179,9 +179,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return timer
 
     def _drop_cancelled_timers(self) -> None:
-        if self._cancelled_timers > PURGE_CANCELLED_ABOVE and self._cancelled_timers * 2 > len(
-            self._scheduled
-        ):
+        cancelled = self._cancelled_timers
+        if cancelled > PURGE_CANCELLED_ABOVE and cancelled * 2 > len(self._scheduled):
             self._scheduled = [entry for entry in self._scheduled if not entry[2].cancelled()]
             heapq.heapify(self._scheduled)
             self._cancelled_timers = 0

@@ -9,7 +9,7 @@ The model, and what each part of it is there to expose:
 - a segment is in flight until its acknowledgement has come back over the opposite link, and unread until the
   other program has taken it; both fill the window, and a full window is back-pressure;
 - a blocked link holds segments and acknowledgements until it is healed, or until the sender has waited the
-  retransmission time-out without progress and gives up; the receiver of a lost sender learns nothing;
+  retransmission time-out for one of them and gives up; the receiver of a lost sender learns nothing;
 - a reset is sent once and never again: on a blocked link it is lost. Whoever sends to a closed end is reset.
 """
 
@@ -72,8 +72,8 @@ class Pipe:
         self._limits = limits
         self._in_flight: deque[Segment] = deque()
         # All in bytes since the beginning: sent, received in order, read; and what the sender knows of these.
-        self._sent = self._received = self._read = self._known_received = self._known_read = 0
-        self._give_up_at = 0.0
+        self._sent = self._received = self._read = self._known_read = 0
+        self._unacknowledged: deque[tuple[int, float]] = deque()  # where each segment ends, when it has left
         self._give_up_timer: asyncio.TimerHandle | None = None
 
     # The sending machine.
@@ -96,24 +96,26 @@ class Pipe:
         self._sent += segment.span
         self._in_flight.append(segment)
         left = self.link.send(len(segment.data), lambda: self._arrive(segment))
-        self._give_up_at = left + self._limits.retransmission_timeout_s
+        self._unacknowledged.append((self._sent, left))
         if self._give_up_timer is None:
-            self._give_up_timer = self._loop.call_at(self._give_up_at, self._check_progress)
+            self._give_up_timer = self._loop.call_at(self._give_up_at(), self._check_progress)
 
     def _acknowledge(self, received: int, read: int) -> None:
-        if received > self._known_received:
-            self._known_received = received
-            again = self._loop.time() + self._limits.retransmission_timeout_s
-            self._give_up_at = max(self._give_up_at, again)
+        while self._unacknowledged and self._unacknowledged[0][0] <= received:
+            self._unacknowledged.popleft()
         self._known_read = max(self._known_read, read)
-        if self._known_received == self._sent:
+        if not self._unacknowledged:
             self._stop_timer()
         self.sender.on_window()
 
+    def _give_up_at(self) -> float:
+        _, left = self._unacknowledged[0]
+        return left + self._limits.retransmission_timeout_s
+
     def _check_progress(self) -> None:
         self._give_up_timer = None
-        if self._loop.time() < self._give_up_at:
-            self._give_up_timer = self._loop.call_at(self._give_up_at, self._check_progress)
+        if self._loop.time() < self._give_up_at():
+            self._give_up_timer = self._loop.call_at(self._give_up_at(), self._check_progress)
             return
         limit = self._limits.retransmission_timeout_s
         self.sender.fail(f"nothing sent was acknowledged for {limit:g} s")
@@ -127,6 +129,7 @@ class Pipe:
         """Nothing more of this direction arrives, not even what was sent."""
         self.buffer.clear()
         self._in_flight.clear()
+        self._unacknowledged.clear()
         self._stop_timer()
 
     # The receiving machine.
