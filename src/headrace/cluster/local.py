@@ -69,7 +69,11 @@ class LocalEngine:
             await asyncio.wait({self._running}, timeout=LEAVE_TIMEOUT_S if served else 0.0)
             self._running.cancel()  # kills an engine that loads, or does not leave
             await asyncio.gather(self._running, return_exceptions=True)
+        self.discard()
+        return finished
+
+    def discard(self) -> None:
+        """Remove the socket and no more, for a process that is about to end itself."""
         if self._directory is not None:
             self._directory.cleanup()
             self._directory = None
-        return finished

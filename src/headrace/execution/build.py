@@ -156,7 +156,8 @@ def _cut_pool(options: EngineOptions, files: ModelFiles, kernels: Kernels, notes
         )
     if length < wanted:
         notes.append(f"max_model_len {length} of the model's {most}: more does not fit into the KV cache")
-    notes.append(f"KV cache of {num_blocks} blocks, {num_blocks * block_bytes / 2**20:.0f} MiB")
+    tokens = num_blocks // len(groups) * size
+    notes.append(f"KV cache for {tokens} tokens: {num_blocks} blocks, {num_blocks * block_bytes / 2**20:.0f} MiB")
     return _Pool(groups, num_blocks, block_bytes, length)
 
 

@@ -8,12 +8,12 @@ the engine cannot be built as asked (the gateway was told why) or has failed (wi
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from pathlib import Path
 
 import msgspec
-import uvloop
 
 from headrace.config import EngineOptions, format_size
 from headrace.engine import Engine
@@ -35,10 +35,11 @@ def main(arguments: list[str]) -> int:
         engine, info = _build(options)
     except (ValueError, OSError, MemoryError) as error:  # told to the gateway, which ends with it
         message = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
-        uvloop.run(report_start_failure(real_world(), address, message))
+        asyncio.run(report_start_failure(real_world(), address, message))
         return 1
     try:
-        uvloop.run(serve(real_world(), address, engine, info))
+        # Not uvloop: its clock counts milliseconds, and steps are measured with the loop's clock.
+        asyncio.run(serve(real_world(), address, engine, info))
     finally:
         engine.executor.close()
     return 0

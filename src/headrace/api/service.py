@@ -1,0 +1,138 @@
+"""A server from start to end: socket, engine process and HTTP, and what the signals do to them.
+
+    loading ──ready──▶ serving ──SIGTERM──▶ draining ──all ended, or time is up──▶ gone
+       │                  └──SIGINT: draining with no time──▶ gone
+       └──either──▶ gone              (a second signal, anywhere: gone at once)
+
+The socket answers from the beginning: /health and /ready tell where the server stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from headrace import __version__
+from headrace.api.app import create_app
+from headrace.api.http import HttpServer
+from headrace.api.served import ServedModel, Server
+from headrace.cluster import LocalEngine
+from headrace.config import EngineOptions
+from headrace.observe import Metrics
+from headrace.protocol.messages import EngineInfo
+from headrace.store import ModelFiles
+from headrace.world import real_world
+from headrace.world.launcher import LocalLauncher
+
+ENGINE_COMMAND = (sys.executable, "-m", "headrace.worker.main")
+
+
+class Service:
+    """One model, served on one socket."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        options: EngineOptions,
+        bound: socket.socket,
+        *,
+        api_key: str | None = None,
+        drain_timeout_s: float = 30.0,
+        started_s: float | None = None,
+        say: Callable[[str], None] = print,
+        engine_command: tuple[str, ...] = ENGINE_COMMAND,
+    ) -> None:
+        """`bound` listens already. `say` gets lines for people. `started_s` is when start-up began."""
+        self._options = options
+        self._bound = bound
+        self._drain_timeout_s = drain_timeout_s
+        self._started_s = time.monotonic() if started_s is None else started_s
+        self._say = say
+        self._signals: list[signal.Signals] = []
+        self._signalled = asyncio.Event()
+        world = real_world()
+        metrics = Metrics(options.served_name)
+        launcher = LocalLauncher(
+            engine_command, msgspec.json.encode(options), lambda line: say(f"engine: {line}")
+        )
+        self._engine = LocalEngine(world, launcher, observer=metrics, report=say)
+        model = ServedModel.from_files(files, options.served_name)
+        seeds = world.random.stream("seeds")
+        self._http = HttpServer(
+            create_app(Server(self._engine.gateway, model, metrics, seeds, api_key)), bound
+        )
+        self._files = files
+
+    async def run(self) -> None:
+        """Serve until a signal says otherwise.
+
+        Raises StartFailedError or EngineLostError when the engine cannot be run.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._say(self._intent())
+        signalled = asyncio.create_task(self._signalled.wait(), name="signals")
+        try:
+            await self._http.start()
+            starting = asyncio.create_task(self._engine.start(), name="engine start")
+            await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                self._tell_ready(await starting)
+                lost = asyncio.create_task(self._engine.wait_given_up(), name="engine end")
+                await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
+                if lost.done():
+                    await lost
+                lost.cancel()
+            await self._stop()
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+        finally:
+            signalled.cancel()
+            await self._engine.stop()
+            await self._http.stop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals.append(number)
+        if len(self._signals) > 1:
+            self._say("stopping at once")
+            self._engine.discard()
+            os._exit(128 + number)  # the kernel ends the engine with this process
+        self._signalled.set()
+
+    async def _stop(self) -> None:
+        running = self._engine.gateway.open_samples
+        drain_s = self._drain_timeout_s if self._signals[0] is signal.SIGTERM else 0.0
+        if running and drain_s:
+            self._say(f"draining: {running} running or waiting, {drain_s:g} s at most; new requests get 503")
+        if not await self._engine.stop(drain_s):
+            self._say("some requests had not ended and were cancelled")
+        self._say("stopped")
+
+    # ---- words ---------------------------------------------------------------------------------------
+
+    def _intent(self) -> str:
+        files, options = self._files, self._options
+        return (
+            f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}, "
+            f"{options.threads} thread{'s' * (options.threads > 1)}"
+        )
+
+    def _tell_ready(self, info: EngineInfo) -> None:
+        for note in info.notes:
+            self._say(note)
+        self._say(f"up to {info.max_num_seqs} sequences at once, each of at most {info.max_model_len} tokens")
+        host, port = self._bound.getsockname()[:2]
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        took_s = time.monotonic() - self._started_s
+        self._say(f"ready after {took_s:.1f} s: http://{where}/v1")

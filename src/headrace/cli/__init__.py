@@ -1,0 +1,21 @@
+"""The command line: one module per command, each of which parses, calls and prints.
+
+In: arguments. Out: text for people, or JSON for programs. It must not hold logic that a program could want.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED_S = time.monotonic()
+"""When this process began to be ours; start-up times are counted from here."""
+
+
+def main() -> None:
+    """The command `headrace`."""
+    from headrace.cli.app import app
+
+    app(prog_name="headrace")
+
+
+__all__ = ["STARTED_S", "main"]

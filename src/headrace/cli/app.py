@@ -1,0 +1,25 @@
+"""The commands, put together. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import typer
+
+from headrace.cli.demo import demo
+from headrace.cli.generate import generate
+from headrace.cli.models import app as models
+from headrace.cli.serve import serve
+from headrace.cli.version import version
+
+app = typer.Typer(
+    name="headrace",
+    help="Serve large language models: an OpenAI-compatible server on what this machine has.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(generate)
+app.command()(demo)
+app.command()(version)
+app.add_typer(models, name="models")
