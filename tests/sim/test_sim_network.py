@@ -467,6 +467,19 @@ async def test_a_reset_is_lost_in_a_partition(pair: Pair) -> None:
 # Addresses and bookkeeping.
 
 
+def test_the_trace_hash_sees_what_the_bytes_are() -> None:
+    def traced(data: bytes) -> str:
+        async def main(simulation: Simulation) -> None:
+            pair = Pair(simulation)
+            await pair.open()
+            pair.a.write(data)
+            await pair.b.read_exactly(len(data))
+
+        return run(main).trace_hash
+
+    assert traced(b"same size") == traced(b"same size") != traced(b"size same")
+
+
 @scenario(seeds=[0])
 async def test_a_host_listens_under_its_own_name(pair: Pair) -> None:
     with pytest.raises(OSError, match="this host is a"):

@@ -16,6 +16,7 @@ The model, and what each part of it is there to expose:
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -299,7 +300,7 @@ class SimTransport(asyncio.Transport):
         """Hand what has arrived to the program, unless it does not want it now."""
         while self._receiving.unread and not self._reading_paused and not self._closing:
             segment = self._receiving.next_unread()
-            self._loop.trace("arrive", self.name, len(segment.data))
+            self._loop.trace("arrive", self.name, len(segment.data), zlib.crc32(segment.data))
             if segment.opens:
                 protocol = self._accept() if self._accept is not None else None
                 if protocol is None:
