@@ -89,7 +89,7 @@ def open_model(directory: Path, name: str | None = None) -> ModelFiles:
             "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
         )
     return ModelFiles(
-        name=name or directory.name,
+        name=name or directory.absolute().name,
         directory=directory,
         config=config,
         generation_config=generation_config,

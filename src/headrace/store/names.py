@@ -27,7 +27,7 @@ def resolve(name_or_path: str | Path, listener: PullListener | None = None) -> M
     """
     text = str(name_or_path)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return open_model(path)
     if path.is_file() or text.endswith(".gguf"):
         return open_model(import_gguf(path, listener=listener), name=path.stem)
