@@ -1,11 +1,13 @@
 """An engine process as `headrace.worker.main` runs one, with a hash engine in place of a model.
 
-Options on standard input are fields of `EngineShape`; `"fail"` among them says how it is to go wrong.
+Options, fields of `EngineShape`, come on standard input, or in HASH_ENGINE where that is taken by the options
+of a real engine. `"fail"` among them says how it is to go wrong.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ from headrace.world.launcher import die_with_parent
 
 def main(address: str, parent: str) -> None:
     die_with_parent(int(parent))
-    options = json.loads(sys.stdin.read())
+    options = json.loads(os.environ.get("HASH_ENGINE") or sys.stdin.read())
     fail = options.pop("fail", None)
     print("loading a model of hashes", flush=True)
     if fail == "refuse":
