@@ -36,13 +36,13 @@ struct Task {
   int32_t* unfinished;
 };
 
-// Per row: maximum score, sum of exponentials, weighted sum of values [depth].
+// Per row: maximum score [kTileRows], sum of exponentials [kTileRows], weighted sum of values [rows, depth].
 struct Sums {
   float *maximum, *total, *values;
 };
 
-Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
-int64_t sums_size(int64_t rows, int64_t depth) { return round_up(rows * (2 + depth), kLanes); }
+Sums sums_at(float* memory) { return {memory, memory + kTileRows, memory + 2 * kTileRows}; }
+int64_t sums_size(int64_t rows, int64_t depth) { return 2 * kTileRows + rows * depth; }
 
 template <class T>
 struct Tile {
@@ -50,6 +50,7 @@ struct Tile {
   const HeadLayout<T> layout;
   const Task& task;
   const int64_t group;                     // query heads per kv head
+  int64_t place[kTileRows];                  // of each row, in [tokens * heads]
   int64_t begin[kTileRows], end[kTileRows];  // keys that each row sees
   int64_t key_begin, key_end;              // keys that any row sees
   T* q;                                    // [kTileRows, depth]
@@ -81,20 +82,26 @@ struct Tile {
     key_stride = args.cache.block_size % kLanes == 0 ? layout.key_stride : kLanes * kStep<T>;
 
     const int64_t size = args.cache.head_dim;
+    int64_t t = args.sequences.query_start[task.sequence] + task.row / group, head = task.row % group;
     for (int64_t r = 0; r < task.rows; ++r) {
-      const int64_t t = token(r);
-      const T* from = static_cast<const T*>(args.q) + (t * args.heads + head(r)) * size;
-      std::memcpy(q + r * depth, from, static_cast<size_t>(size) * sizeof(T));
-      std::memset(q + r * depth + size, 0, static_cast<size_t>(depth - size) * sizeof(T));
+      place[r] = t * args.heads + task.kv_head * group + head;
+      const T* from = static_cast<const T*>(args.q) + place[r] * size;
+      for (int64_t d = 0; d + kLanes <= size; d += kLanes) std::memcpy(q + r * depth + d, from + d, kLanes * sizeof(T));
+      if (depth != size) {
+        const int64_t whole = size - size % kLanes;
+        std::memset(q + r * depth + whole, 0, kLanes * sizeof(T));
+        std::memcpy(q + r * depth + whole, from + whole, static_cast<size_t>(size - whole) * sizeof(T));
+      }
       end[r] = args.sequences.positions[t] + int64_t{1};
       begin[r] = args.window > 0 && end[r] > args.window ? end[r] - args.window : 0;
       key_begin = r == 0 || begin[r] < key_begin ? begin[r] : key_begin;
       key_end = r == 0 || end[r] > key_end ? end[r] : key_end;
+      if (++head == group) {
+        head = 0;
+        ++t;
+      }
     }
   }
-
-  int64_t token(int64_t r) const { return args.sequences.query_start[task.sequence] + (task.row + r) / group; }
-  int64_t head(int64_t r) const { return task.kv_head * group + (task.row + r) % group; }
 
   // Finds the keys and values of a run. Those outside of [key_begin, key_end) may be another request's, or
   // nothing: their scores are masked, but a value times 0 must be 0, so such a run's values are copied with zeros.
@@ -134,37 +141,50 @@ struct Tile {
 
   // Scores to weights: scaled, capped, masked, exponentials under the row's maximum.
   void soften(int64_t base, int64_t first_run, int64_t end_run, Sums out) {
-    const Float16 scale = broadcast(args.scale), hidden = broadcast(kMinusInfinity);
-    const Float16 cap = broadcast(args.softcap), inverse_cap = broadcast(args.softcap > 0 ? 1 / args.softcap : 0.0f);
-    const Int16 index = lane_indices();
+    const bool capped = args.softcap > 0;
+    const Float16 scale = broadcast(capped ? 1.0f : args.scale);
     for (int64_t r = 0; r < task.rows; ++r) {
       float* row = scores + r * kScoreStride;
       T* to = weights + r * kWeightStride;
-      const auto relative = [&](int64_t key) {
-        const int64_t k = key - base;
-        return broadcast(static_cast<int32_t>(k < 0 ? 0 : k > kPartition ? kPartition : k));
-      };
-      const Int16 from = relative(begin[r]), until = relative(end[r]);
-      Float16 highest = hidden;
-      for (int64_t run = first_run; run < end_run; ++run) {
-        Float16 s = load(row + run * kLanes) * scale;
-        if (args.softcap > 0) s = cap * tanh(s * inverse_cap);
-        const Int16 key = index + broadcast(static_cast<int32_t>(run * kLanes));
-        s = select((key >= from) & (key < until), s, hidden);
-        store(row + run * kLanes, s);
-        highest = max(s, highest);
+      // The keys that this row sees, and the runs they are in.
+      const int64_t from = begin[r] > base ? begin[r] - base : 0;
+      const int64_t until = end[r] - base < kPartition ? end[r] - base : kPartition;
+      const int64_t first = from < until ? from / kLanes : first_run;
+      const int64_t last = from < until ? (until + kLanes - 1) / kLanes : first_run;
+      for (int64_t run = first_run; run < first; ++run) store(to + run * kLanes, broadcast(0.0f));
+      for (int64_t run = last; run < end_run; ++run) store(to + run * kLanes, broadcast(0.0f));
+      if (capped) cap_scores(row, first, last);
+      if (first < last) {
+        hide(row + first * kLanes, from - first * kLanes, kLanes);
+        hide(row + (last - 1) * kLanes, 0, until - (last - 1) * kLanes);
       }
+      Float16 highest = broadcast(kMinusInfinity);
+      for (int64_t run = first; run < last; ++run) highest = max(load(row + run * kLanes) * scale, highest);
       out.maximum[r] = horizontal_max(highest);
-      // A row that sees nothing here would subtract infinity from infinity.
-      const Float16 top = broadcast(out.maximum[r] > kMinusInfinity ? out.maximum[r] : 0.0f);
+      // A row that sees nothing here, or only minus infinities, would subtract infinity from infinity.
+      const Float16 top = broadcast(out.maximum[r] > kMinusInfinity ? -out.maximum[r] : 0.0f);
       Float16 total = broadcast(0.0f);
-      for (int64_t run = first_run; run < end_run; ++run) {
-        const Float16 w = exp(load(row + run * kLanes) - top);
+      for (int64_t run = first; run < last; ++run) {
+        const Float16 w = exp_of_nonpositive(fma(load(row + run * kLanes), scale, top));
         total = total + w;
         store(to + run * kLanes, w);
       }
       out.total[r] = horizontal_sum(total);
     }
+  }
+
+  void cap_scores(float* row, int64_t first, int64_t last) const {
+    const Float16 scale = broadcast(args.scale / args.softcap), cap = broadcast(args.softcap);
+    for (int64_t run = first; run < last; ++run)
+      store(row + run * kLanes, cap * tanh(load(row + run * kLanes) * scale));
+  }
+
+  // Minus infinity in the lanes of a run outside of [from, until).
+  static void hide(float* run, int64_t from, int64_t until) {
+    if (from == 0 && until == kLanes) return;
+    const Int16 lane = lane_indices();
+    const Int16 seen = (lane >= broadcast(static_cast<int32_t>(from))) & (lane < broadcast(static_cast<int32_t>(until)));
+    store(run, select(seen, load(run), broadcast(kMinusInfinity)));
   }
 
   void partition(int64_t number, Sums out) {
@@ -179,16 +199,22 @@ struct Tile {
   }
 
   void merge(Sums part, Sums whole) const {
+    alignas(64) float factors[2][kTileRows];
+    for (int64_t r = 0; r < task.rows; r += kLanes) {
+      const Float16 old_top = load(whole.maximum + r), new_top = load(part.maximum + r);
+      const Float16 top = max(new_top, old_top);
+      // Where neither has seen a key, both factors are 0 rather than undefined.
+      const Float16 finite = max(top, broadcast(-3.4e38f));
+      const Float16 old_factor = exp_of_nonpositive(old_top - finite);
+      const Float16 new_factor = exp_of_nonpositive(new_top - finite);
+      store(factors[0] + r, old_factor);
+      store(factors[1] + r, new_factor);
+      store(whole.total + r, fma(load(part.total + r), new_factor, load(whole.total + r) * old_factor));
+      store(whole.maximum + r, top);
+    }
     for (int64_t r = 0; r < task.rows; ++r) {
       if (part.maximum[r] == kMinusInfinity) continue;
-      const float top = part.maximum[r] > whole.maximum[r] ? part.maximum[r] : whole.maximum[r];
-      const Float16 old_factor = exp(broadcast(whole.maximum[r] - top));
-      const Float16 new_factor = exp(broadcast(part.maximum[r] - top));
-      float factors[2][kLanes];
-      store(factors[0], old_factor);
-      store(factors[1], new_factor);
-      whole.total[r] = whole.total[r] * factors[0][0] + part.total[r] * factors[1][0];
-      whole.maximum[r] = top;
+      const Float16 old_factor = broadcast(factors[0][r]), new_factor = broadcast(factors[1][r]);
       float* to = whole.values + r * layout.depth;
       const float* from = part.values + r * layout.depth;
       for (int64_t d = 0; d < layout.depth; d += kLanes)
@@ -197,7 +223,7 @@ struct Tile {
   }
 
   void clear(Sums whole) const {
-    for (int64_t r = 0; r < task.rows; ++r) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
       whole.maximum[r] = kMinusInfinity;
       whole.total[r] = 0;
     }
@@ -206,13 +232,18 @@ struct Tile {
 
   void finish(Sums whole) const {
     const int64_t size = args.cache.head_dim;
+    alignas(64) float inverse[kTileRows], lse[kTileRows];
+    for (int64_t r = 0; r < task.rows; r += kLanes) {
+      const Float16 total = load(whole.total + r);
+      store(inverse + r, broadcast(1.0f) / total);
+      store(lse + r, load(whole.maximum + r) + log(total));
+    }
     for (int64_t r = 0; r < task.rows; ++r) {
-      const int64_t at = token(r) * args.heads + head(r);
-      args.lse[at] = whole.maximum[r] + __builtin_logf(whole.total[r]);
-      const Float16 total = broadcast(whole.total[r]);
-      T* to = static_cast<T*>(args.out) + at * size;
+      args.lse[place[r]] = lse[r];
+      const Float16 factor = broadcast(inverse[r]);
+      T* to = static_cast<T*>(args.out) + place[r] * size;
       over_row(size, [&](int64_t d, int64_t n) {
-        store_lanes(to + d, load(whole.values + r * layout.depth + d) / total, n);
+        store_lanes(to + d, load(whole.values + r * layout.depth + d) * factor, n);
       });
     }
   }
@@ -334,7 +365,7 @@ void work_off(const AttentionArgs& args, const Task& task) {
   Tile<T> tile(args, task);
   const int64_t depth = tile.layout.depth, size = sums_size(task.rows, depth);
   float* memory = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(2 * size) * sizeof(float)));
-  const Sums whole = sums_at(memory, task.rows), part = sums_at(memory + size, task.rows);
+  const Sums whole = sums_at(memory), part = sums_at(memory + size);
 #if defined(__AMX_BF16__)
   if (sizeof(T) == 2) configure_tiles(task.rows, kLanes);
 #endif
@@ -347,7 +378,7 @@ void work_off(const AttentionArgs& args, const Task& task) {
     tile.finish(whole);
   } else {
     const auto left = [&](int64_t number) {
-      return sums_at(task.partials + (number - task.tile_first) * size, task.rows);
+      return sums_at(task.partials + (number - task.tile_first) * size);
     };
     for (int64_t number = task.first; number < task.end; ++number) tile.partition(number, left(number));
     if (__atomic_sub_fetch(task.unfinished, 1, __ATOMIC_ACQ_REL) == 0) {

@@ -39,8 +39,7 @@ HEADRACE_INLINE void finish_row(const LinearArgs& args, int64_t row, int64_t pan
   if (args.output == Output::bf16) {
     bf16* y = static_cast<bf16*>(args.y) + at;
     if (left >= kPanel) {
-      store(y, first);
-      store(y + kLanes, second);
+      store_pair(y, first, second);
     } else {
       store_some(y, first, left < kLanes ? left : kLanes);
       if (left > kLanes) store_some(y + kLanes, second, left - kLanes);
@@ -89,24 +88,32 @@ void compute(const LinearArgs& args, const Block& block) {
 #if defined(__AMX_BF16__)
 constexpr int kDepth = 32;  // values of k in a tile
 
-// The sums of one block of rows and a panel while the next block is multiplied: rows are finished a few at a time
-// between tile instructions, which take so long that this costs nothing.
+// The sums of one tile and panel, finished a few rows at a time between the next tile's instructions, which take
+// so long that this costs next to nothing.
 struct Pending {
   alignas(64) float sum[2][32][kPanel];
-  int64_t row = 0, panel = 0, rows = 0, done = 0;
+  int64_t row = 0, panel = 0, done = 0, rows = 0;
   int buffer = 0;
 
-  HEADRACE_INLINE void finish(const LinearArgs& args, Pending& p, int64_t count) {
-    for (; count > 0 && p.done < p.rows; --count, ++p.done) {
-      const float* from = p.sum[p.buffer][p.done];
-      finish_row(args, p.row + p.done, p.panel, load(from), load(from + kLanes));
+  HEADRACE_INLINE void finish(Pending& p, const LinearArgs& args, int64_t end) {
+    if (end > p.rows) end = p.rows;
+    const float(*sum)[kPanel] = p.sum[p.buffer];
+    int64_t r = p.done;
+    if (args.output == Output::bf16 && !args.bias && (p.panel + 1) * kPanel <= args.out) {
+      bf16* y = static_cast<bf16*>(args.y) + (p.row + r) * args.y_stride + p.panel * kPanel;
+      for (; r < end; ++r, y += args.y_stride) store_pair(y, load(sum[r]), load(sum[r] + kLanes));
+    } else {
+      for (; r < end; ++r) finish_row(args, p.row + r, p.panel, load(sum[r]), load(sum[r] + kLanes));
     }
+    p.done = r;
   }
 };
 
-// At most 32 rows, in the shape the tiles are configured for, of one panel.
+// Rows [row, row + rows) of one panel, in the shape the tiles are configured for; the first `skip` of them are done
+// already. While it computes it asks for `lines` cache lines a step from `ahead`, and moves that on.
 template <bool kTwoBlocks>
-HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel, Pending& pending) {
+HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t rows, int64_t skip, int64_t panel,
+                                Pending& pending, const char*& ahead, int64_t lines) {
   const int64_t inner = packed_inner(args.in, args.type);
   const bf16* x = static_cast<const bf16*>(args.x) + row * args.x_stride;
   const bf16* w = static_cast<const bf16*>(args.packed) + panel * inner * kPanel;
@@ -119,6 +126,7 @@ HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t row
     _tile_zero(3);
   }
   for (int64_t k = 0; k < inner; k += kDepth) {
+    for (int64_t line = 0; line < lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
     _tile_loadd(6, w, 128);
     _tile_loadd(7, w + kLanes * 2, 128);
     _tile_loadd(4, x + k, x_bytes);
@@ -130,8 +138,9 @@ HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t row
       _tile_dpbf16ps(3, 5, 7);
     }
     w += kDepth * kPanel;
-    Pending::finish(args, pending, rows_per_step);
+    Pending::finish(pending, args, pending.done + rows_per_step);
   }
+  Pending::finish(pending, args, pending.rows);
   pending.buffer ^= 1;
   float(*sum)[kPanel] = pending.sum[pending.buffer];
   _tile_stored(0, &sum[0][0], kPanel * 4);
@@ -143,24 +152,32 @@ HEADRACE_INLINE void tile_panel(const LinearArgs& args, int64_t row, int64_t row
   pending.row = row;
   pending.panel = panel;
   pending.rows = rows;
-  pending.done = 0;
+  pending.done = skip;
 }
 
+// A panel meets all rows of the block before the next, which is on its way to the second cache level meanwhile: the
+// weights are read from memory once for each block of rows, behind the multiplication.
 template <>
 void compute<bf16>(const LinearArgs& args, const Block& block) {
   Pending pending;
-  for (int64_t row = block.row; row < block.row_end;) {
-    const int64_t left = block.row_end - row;
-    const int64_t rows = left < 32 ? left : 32;
-    if (row == block.row || rows < 32) configure_tiles(rows, kDepth);
-    for (int64_t panel = block.panel; panel < block.panel_end; ++panel)
-      if (rows > 16)
-        tile_panel<true>(args, row, rows, panel, pending);
+  const int64_t inner = packed_inner(args.in, args.type);
+  const int64_t tile_rows = args.rows < 32 ? args.rows : 32;
+  const int64_t tiles = (block.row_end - block.row + 31) / 32;
+  const int64_t lines = (kDepth + tiles - 1) / tiles;  // a panel has `inner` lines
+  configure_tiles(tile_rows, kDepth);
+  for (int64_t panel = block.panel; panel < block.panel_end; ++panel) {
+    const char* ahead = static_cast<const char*>(args.packed) + (panel + 1) * inner * kPanel * 2;
+    for (int64_t row = block.row; row < block.row_end; row += 32) {
+      // The last tile starts early enough to be whole.
+      const int64_t start = row + tile_rows <= args.rows ? row : args.rows - tile_rows;
+      const int64_t end = row + 32 < block.row_end ? row + 32 : block.row_end;
+      if (tile_rows > 16)
+        tile_panel<true>(args, start, end - start, row - start, panel, pending, ahead, lines);
       else
-        tile_panel<false>(args, row, rows, panel, pending);
-    row += rows;
+        tile_panel<false>(args, start, end - start, row - start, panel, pending, ahead, lines);
+    }
   }
-  Pending::finish(args, pending, pending.rows);
+  Pending::finish(pending, args, pending.rows);
   release_tiles();
 }
 #endif

@@ -125,8 +125,25 @@ HEADRACE_INLINE Int16 shift_left(Int16 v, int count) {
   HEADRACE_EACH v.part[i] = v.part[i] << count;
   return v;
 }
+// Arithmetic: the sign comes in.
+HEADRACE_INLINE Int16 shift_right(Int16 v, int count) {
+  HEADRACE_EACH v.part[i] = v.part[i] >> count;
+  return v;
+}
+HEADRACE_INLINE Float16 to_floats(Int16 v) {
+  Float16 r;
+  HEADRACE_EACH r.part[i] = __builtin_convertvector(v.part[i], NativeFloat);
+  return r;
+}
 // a where a > b, else b: the second where either is not a number.
-HEADRACE_INLINE Float16 max(Float16 a, Float16 b) { return select(a > b, a, b); }
+HEADRACE_INLINE Float16 max(Float16 a, Float16 b) {
+#if defined(__AVX512F__)
+  a.part[0] = (NativeFloat)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0]);
+  return a;
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 HEADRACE_INLINE Float16 fma(Float16 a, Float16 b, Float16 c) {
 #if defined(__AVX512F__)
@@ -165,6 +182,16 @@ HEADRACE_INLINE void store(bf16* to, Float16 v) {
 #endif
 }
 
+// Two vectors that follow each other in memory.
+HEADRACE_INLINE void store_pair(bf16* to, Float16 first, Float16 second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]));
+#else
+  store(to, first);
+  store(to + kLanes, second);
+#endif
+}
+
 HEADRACE_INLINE float to_float(bf16 value) {
   const uint32_t word = static_cast<uint32_t>(value) << 16;
   float r;
@@ -175,18 +202,26 @@ HEADRACE_INLINE float to_float(float value) { return value; }
 
 // The lanes are halved four times, in one order at every level.
 HEADRACE_INLINE float horizontal_sum(Float16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v.part[0]);
+#else
   float lane[kLanes];
   store(lane, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
   return lane[0];
+#endif
 }
 HEADRACE_INLINE float horizontal_max(Float16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v.part[0]);
+#else
   float lane[kLanes];
   store(lane, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   return lane[0];
+#endif
 }
 
 // The first `count` lanes from memory, zeros in the rest; and back. For tails, which then take the same path.
