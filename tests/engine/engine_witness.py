@@ -7,6 +7,7 @@ each request must produce, which blocks it needs and what every identity stands 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -72,13 +73,24 @@ class WatchedScheduler(Scheduler):
         return request.priority, self.arrival[request.request_id], sequence.index
 
     def schedule(self) -> StepPlan | None:
-        running_before = {s for s in self.sequences() if s.state is State.RUNNING}
+        before = [s for s in self.sequences() if not s.in_flight or s.state is State.RUNNING]
+        running_before = {s for s in before if s.state is State.RUNNING}
+        urgent = min((s.request.priority for s in before if s.state is State.WAITING), default=math.inf)
         plan = super().schedule()
         sequences = list(self.sequences())
         self._check_order(sequences, running_before)
         self._check_progress(sequences, plan)
         if plan is not None:
-            self._check_plan(plan, {s.row: s for s in sequences if s.row is not None})
+            by_row = {s.row: s for s in sequences if s.row is not None}
+            lost = [row for row in plan.rows if row.row not in by_row]
+            hold("a row that runs is somebody's", not lost, lost)
+            self._check_plan(plan, by_row)
+            for row in plan.rows:
+                sequence = by_row[row.row]
+                yields = (
+                    row.count == 1 or sequence.request.priority <= urgent or sequence not in running_before
+                )
+                hold("a chunk yields to one more urgent that waits", yields, sequence.rank, row)
         return plan
 
     def _check_order(self, sequences: list[Sequence], running_before: set[Sequence]) -> None:

@@ -249,8 +249,8 @@ def give_all_samples_one_seed(patch: pytest.MonkeyPatch) -> None:
 def spend_over_budget(patch: pytest.MonkeyPatch) -> None:
     real = Scheduler._admit
 
-    def admit(self: Scheduler, plan: object, planned: object, budget: int) -> None:
-        real(self, plan, planned, budget and budget + 1)
+    def admit(self: Scheduler, plan: object, planned: object, budget: int, bar: float) -> None:
+        real(self, plan, planned, budget and budget + 1, bar)
 
     patch.setattr(Scheduler, "_admit", admit)
 
@@ -262,7 +262,7 @@ DEFECTS = [
         "was released more often than it was taken",
     ),
     Defect(forget_to_release, "references are the tables that name a block", "nothing is held at the end"),
-    Defect(reuse_blocks_of_a_step_in_flight, "is given away while step", "is given away while step"),
+    Defect(reuse_blocks_of_a_step_in_flight, "a row that runs is somebody's", "is given away while step"),
     Defect(skip_the_salt, "tenants share no block", None),
     Defect(hash_a_partial_block, "an identity is that of a full block", "while step 2 still writes them"),
     Defect(publish_before_computed, "what is offered is computed", "while step 4 still writes them"),

@@ -11,6 +11,7 @@ the highest rank always advances, and everything ends: nothing stalls, nothing s
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 
@@ -136,8 +137,8 @@ class Scheduler:
         plan = StepPlan(self._steps, [], [])
         planned: list[Sequence] = []
         budget = self.config.max_num_batched_tokens
-        budget = self._schedule_running(plan, planned, budget)
-        self._admit(plan, planned, budget)
+        budget, bar = self._schedule_running(plan, planned, budget)
+        self._admit(plan, planned, budget, bar)
         if not planned:
             return None
         self._steps += 1
@@ -159,17 +160,23 @@ class Scheduler:
 
     # ---- planning ------------------------------------------------------------------------------------
 
-    def _schedule_running(self, plan: StepPlan, planned: list[Sequence], budget: int) -> int:
+    def _schedule_running(self, plan: StepPlan, planned: list[Sequence], budget: int) -> tuple[int, float]:
         """Give every running sequence what it wants, the most urgent first.
 
-        Returns what is left of the budget for others: nothing if one got less than it wants.
+        One that is less urgent than the first that waits yields: it takes a single position. Returns what
+        is left of the budget, and the bar: only those of a smaller priority may start with it. Nobody may
+        if a sequence lacked budget or blocks.
         """
-        satisfied = True
+        urgent = self._most_urgent_waiting()
+        bar = math.inf
         i = 0
         while i < len(self._running):  # which gets shorter where blocks run out
             sequence = self._running[i]
             wanted = self._uncomputed(sequence)
             if wanted > 0:
+                if wanted > 1 and sequence.request.priority > urgent:
+                    wanted = 1
+                    bar = min(bar, sequence.request.priority)
                 others = len(self._running) - i - 1  # each is sure of one token
                 count = wanted if wanted <= budget - others else budget - others
                 if not self.cache.covers(sequence, sequence.scheduled + count):
@@ -177,9 +184,15 @@ class Scheduler:
                 if count > 0:
                     self._plan_row(plan, planned, sequence, count)
                     budget -= count
-                satisfied = satisfied and count == wanted
+                if count < wanted:
+                    bar = -math.inf
             i += 1
-        return budget if satisfied else 0
+        return budget, bar
+
+    def _most_urgent_waiting(self) -> float:
+        """The priority of the first that could start now; infinite if there is none."""
+        first = self._waiting.first()
+        return math.inf if first is None or first.in_flight else first.request.priority
 
     def _make_room(self, sequence: Sequence, count: int) -> int:
         """How many of `count` positions have room, after taking blocks from lower ranks where they lack.
@@ -199,11 +212,11 @@ class Scheduler:
             self._end(sequence, self._out_of_blocks(sequence))
         return min(room, count)
 
-    def _admit(self, plan: StepPlan, planned: list[Sequence], budget: int) -> None:
-        """Start waiting sequences in order of rank while rows, blocks and budget last."""
+    def _admit(self, plan: StepPlan, planned: list[Sequence], budget: int, bar: float) -> None:
+        """Start waiting sequences below the bar, in order of rank, while rows, blocks and budget last."""
         while budget > 0 and (sequence := self._waiting.first()) is not None:
-            if sequence.in_flight:
-                return  # preempted a moment ago; its last step still runs
+            if sequence.request.priority >= bar or sequence.in_flight:
+                return  # in flight: preempted a moment ago, its last step still runs
             if not self._rows and not self._preempt_for(sequence):
                 return
             if self._is_stuck(sequence):
