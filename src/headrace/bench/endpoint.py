@@ -42,7 +42,6 @@ class OpenAIClient:
         self.origin = origin
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = HttpClient(origin, headers, now=now)
-        self.now = now
 
     async def choose_model(self, wanted: str | None) -> str:
         """`wanted`, if it is served here, or the first model that is. Raises BenchError that says what is
@@ -67,7 +66,7 @@ class OpenAIClient:
         self, route: Route, body: Mapping[str, object], on_text: Callable[[str, bool], None] | None = None
     ) -> StreamReader:
         """Post `body` and read its stream to the end. Raises RequestFailed."""
-        reader = StreamReader(self.now, on_text)
+        reader = StreamReader(on_text)
         await self.run(route, body, reader)
         return reader
 
@@ -151,7 +150,7 @@ class EndpointTarget(Target):
         return {name: value for name, value in body.items() if value is not None}
 
     async def send(self, turn: Turn, record: Record) -> Answer:
-        reader = StreamReader(self._client.now)
+        reader = StreamReader()
         record.times = reader.times  # a run's progress counts them as they come
         try:
             await self._client.run(self._route, self.body(turn), reader)

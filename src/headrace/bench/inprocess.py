@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.bench.errors import FailureKind, RequestFailed
 from headrace.bench.http import Clock
 from headrace.bench.record import Counted, Record
-from headrace.bench.target import Answer, Message, Target, Turn
+from headrace.bench.target import Answer, Target, Turn
 from headrace.engine import Engine
 from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams, SequenceOutput
-from headrace.text import TextError
+from headrace.text import ChatTemplate, TextError, Tokenizer
 
 DEFAULT_MAX_TOKENS = 64
 
@@ -45,18 +44,18 @@ class EngineTarget(Target):
         engine: Engine,
         name: str,
         *,
-        encode: Callable[[str], list[int]],
-        render: Callable[[Sequence[Message]], list[int]],
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
         temperature: float = 0.0,
         ignore_eos: bool = True,
         now: Clock = time.perf_counter,
         cpu_clock: Clock = time.process_time,
     ) -> None:
-        """`encode` and `render` make token ids of text and of messages."""
+        """`tokenizer` and `chat_template` are for workloads of text and of messages."""
         self.name = f"{name} in this process"
         self._engine = engine
-        self._encode = encode
-        self._render = render
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
         self._temperature = temperature
         self._ignore_eos = ignore_eos
         self._now = now
@@ -107,14 +106,17 @@ class EngineTarget(Target):
             raise outcome
 
     def _tokens(self, turn: Turn) -> list[int]:
+        if turn.messages is None and not isinstance(turn.prompt, str):
+            return list(turn.prompt or ())
         try:
-            if turn.messages is not None:
-                return self._render(turn.messages)
-            if isinstance(turn.prompt, str):
-                return self._encode(turn.prompt)
+            if self._tokenizer is None or (turn.messages is not None and self._chat_template is None):
+                raise TextError("the model has no chat template, and takes token ids or plain text only")
+            if turn.messages is not None and self._chat_template is not None:
+                text = self._chat_template.render(turn.messages)
+                return self._tokenizer.encode(text, add_special_tokens=False)
+            return self._tokenizer.encode(str(turn.prompt))
         except TextError as error:
             raise RequestFailed(FailureKind.REFUSED, str(error)) from None
-        return list(turn.prompt or ())
 
     async def _step_on(self) -> None:
         try:

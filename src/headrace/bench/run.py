@@ -104,9 +104,10 @@ class Run:
         self.cpu_s = 0.0
         """Processor time of the generator, in the run that has ended."""
         self.interrupted = False
-        self.running = 0
-        """Requests under way."""
+        self.under_way: dict[int, Record] = {}
+        """Requests that have been sent and not ended, by number."""
         self.most_running = 0
+        self._ended_chunks = 0
         self.ended = 0
         self.failed = 0
         self.unsent = 0
@@ -144,6 +145,11 @@ class Run:
     @property
     def elapsed_s(self) -> float:
         return (self.ended_s if self.ended_s is not None else self._now()) - self.began_s
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that have arrived so far."""
+        return self._ended_chunks + sum(len(record.times) for record in self.under_way.values())
 
     @property
     def over(self) -> bool:
@@ -195,8 +201,8 @@ class Run:
 
     async def _request(self, turn: Turn, record: Record) -> Answer | None:
         """Send a turn; None if it failed."""
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
+        self.under_way[record.number] = record
+        self.most_running = max(self.most_running, len(self.under_way))
         try:
             async with asyncio.timeout(self._load.timeout_s):
                 return await self._target.send(turn, record)
@@ -210,7 +216,8 @@ class Run:
             raise
         finally:
             record.ended_s = self._now()
-            self.running -= 1
+            del self.under_way[record.number]
+            self._ended_chunks += len(record.times)
             self.ended += 1
             self.failed += record.failure is not None
         return None

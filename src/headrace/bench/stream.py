@@ -1,7 +1,7 @@
 """One streamed answer of an OpenAI-compatible server: chunks in as they arrive, times and tokens out.
 
-In: the head and the pieces of an answer. Out: when tokens came, how many, what text, and what went wrong. Usage
-is taken from the stream's last chunk (`stream_options.include_usage`).
+In: the head and the pieces of an answer. Out: when tokens came, how many, what text, and what went wrong.
+Usage is taken from the last chunk (`stream_options.include_usage`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import orjson
 
 from headrace.bench.errors import FailureKind, RequestFailed
-from headrace.bench.http import Clock, Receiver
+from headrace.bench.http import Receiver
 from headrace.bench.record import Counted, share_out
 from headrace.bench.sse import EventParser
 
@@ -66,7 +66,6 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class StreamReader(Receiver):
     """Reads one streamed answer. `on_text(text, reasoning)` hears each piece as it arrives."""
 
-    now: Clock
     on_text: Callable[[str, bool], None] | None = None
     sent_s: float | None = None
     first_byte_s: float | None = None

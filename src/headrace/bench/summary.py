@@ -166,7 +166,6 @@ class Context:
     scheduled: bool
     """Whether requests were due at times of their own."""
     objectives: Objectives | None = None
-    notes: Sequence[str] = ()
 
 
 def summarise(
@@ -178,6 +177,7 @@ def summarise(
     most_running: int,
     unsent: int = 0,
     interrupted: bool = False,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """Figures over `records`; `duration_s` and `cpu_s` are the run's."""
     records = [record for record in records if record.ended_s is not None]
@@ -231,7 +231,7 @@ def summarise(
             cpu_per_chunk_s=_per(cpu_s, chunks),
             lag_s=_distribution(record.lag_s for record in records),
         ),
-        notes=list(context.notes),
+        notes=list(notes),
     )
 
 

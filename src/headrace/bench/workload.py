@@ -18,9 +18,7 @@ import numpy as np
 from headrace.bench.errors import BenchError
 from headrace.bench.target import Answer, Message, Turn
 from headrace.bench.words import WORDS
-
-DEFAULT_VOCABULARY = 32_000
-"""Every common model has this many ids."""
+from headrace.config.bench import DEFAULT_VOCAB_SIZE
 
 PLAIN_IDS_FROM = 256
 """Control tokens and single bytes stand below in most vocabularies."""
@@ -51,7 +49,7 @@ def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
 class Vocabulary:
     """Token ids that random prompts are made of, and the words that stand for them in chats."""
 
-    size: int = DEFAULT_VOCABULARY
+    size: int = DEFAULT_VOCAB_SIZE
 
     def __post_init__(self) -> None:
         if self.size < 2:
