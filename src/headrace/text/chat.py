@@ -13,10 +13,12 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from headrace.store import ModelFiles
 
+from .allowance import budget
 from .errors import TemplateError, TextError
-from .sandbox import SandboxedTemplates, budget
+from .sandbox import SandboxedTemplates
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000
+MAX_JSON_SPACE = 16
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -120,13 +122,14 @@ def _raise(message: str) -> None:
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """JSON as it is, where Jinja's own filter would escape it for HTML."""
-    if isinstance(indent, int) and indent > 16:
-        raise SecurityError(f"it indents JSON by {indent}, the limit is 16")
+    for space in (indent, *(separators or ())):
+        if (len(space) if isinstance(space, str) else space or 0) > MAX_JSON_SPACE:
+            raise SecurityError(f"it spaces out JSON by more than {MAX_JSON_SPACE} characters")
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -7,9 +7,7 @@ known take a second or two. No clock is read: the same template fails on the sam
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, Final, cast
 
@@ -22,19 +20,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS: Final = 8_000_000
-"""Largest string that a template may make, and largest output."""
-MAX_PARTS: Final = 500_000
-"""Most values that a list or mapping may hold, with everything inside it."""
-MAX_WORK: Final = 250_000_000
-"""Budget of one rendering, in characters copied."""
-STEP_WORK: Final = 250
-"""What any single operation costs besides."""
-PART_WORK: Final = 100
-"""What looking at one part of a list or mapping costs."""
+from .allowance import MAX_INTEGER_BITS, STEP_WORK, announce, checked, length_of, pay, size_of
+
 MAX_COUNT: Final = 10_000
 """Largest count that may be given to a filter that makes output in proportion to it."""
-MAX_INTEGER_BITS: Final = 256
 
 _FILTERS: Final = frozenset(
     {
@@ -47,105 +36,19 @@ _FILTERS: Final = frozenset(
 )  # fmt: skip
 """Jinja's own filters without those that can cost far more than they are given and that no template needs."""
 _COUNTED_FILTERS: Final = frozenset({"batch", "indent", "slice", "truncate"})
+_SHALLOW: Final = frozenset(
+    {
+        "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject",
+        "rejectattr", "reverse", "select", "selectattr", "slice", "defined", "undefined", "none", "string",
+        "mapping", "iterable", "sequence", "number", "callable", "true", "false", "boolean", "sameas",
+    }
+)  # fmt: skip
+"""Filters and tests that do not look inside the values of a list, and so cost no more for large ones."""
 _DENIED_METHODS: Final = frozenset(
     {"ljust", "rjust", "center", "zfill", "expandtabs", "translate", "to_bytes"}
 )
 _WIDE_FORMAT: Final = re.compile(r"\d{4,}|\*|:[^{}]*\{")
 """Widths of four digits, widths taken from the arguments, and fields inside a format specification."""
-
-_CONTAINERS: Final = (list, tuple, dict, set, frozenset)
-
-_budget: ContextVar["_Budget"] = ContextVar("template budget")
-
-
-class _Budget:
-    """What one rendering may still spend, and the sizes of the containers that it was given."""
-
-    def __init__(self) -> None:
-        self.left = MAX_WORK
-        self.known: dict[int, int] = {}
-
-    def spend(self, characters: int) -> None:
-        self.left -= STEP_WORK + characters
-        if self.left < 0:
-            raise SecurityError(f"it does more than the work of copying {MAX_WORK} characters")
-
-    def learn(self, value: Any) -> int:
-        """Size of an input with everything inside it, remembered for each container in it: inputs outlive the
-        rendering and do not change, and templates ask for the length of the conversation at every turn."""
-        if isinstance(value, dict):
-            size = 1 + sum(map(self.learn, value)) + sum(map(self.learn, value.values()))
-        elif isinstance(value, list | tuple):
-            size = 1 + sum(map(self.learn, value))
-        else:
-            return len(value) if isinstance(value, str) else 1
-        self.known[id(value)] = size
-        return size
-
-
-@contextmanager
-def budget(inputs: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """One rendering's allowance; whatever the environment does inside is paid from it. `inputs` are the
-    variables that the template will be given."""
-    allowance = _Budget()
-    for value in (inputs or {}).values():
-        allowance.learn(value)
-    token = _budget.set(allowance)
-    try:
-        yield
-    finally:
-        _budget.reset(token)
-
-
-def _pay(characters: int = 0) -> None:
-    _budget.get().spend(characters)
-
-
-def _size(value: Any) -> int:
-    """Characters and parts of `value` with everything inside it. Shared parts count each time, as they would
-    when written out. Raises `SecurityError` beyond the limits."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, int):
-        if value.bit_length() > MAX_INTEGER_BITS:
-            raise SecurityError(f"it makes an integer of more than {MAX_INTEGER_BITS} bits")
-        return 1
-    if not isinstance(value, _CONTAINERS):
-        return 1
-    known = _budget.get().known
-    parts = size = 0
-    waiting: list[Any] = [value]
-    while waiting:
-        part = waiting.pop()
-        parts += 1
-        if isinstance(part, str | bytes):
-            size += len(part)
-        elif id(part) in known:
-            size += known[id(part)]
-        elif isinstance(part, _CONTAINERS):
-            waiting.extend(part)
-            if isinstance(part, dict):
-                waiting.extend(part.values())
-        if parts + len(waiting) > MAX_PARTS:
-            raise SecurityError(f"it makes a value of more than {MAX_PARTS} parts")
-    _pay(PART_WORK * parts)
-    return parts + size
-
-
-def _checked(value: Any) -> Any:
-    """Pay for a value that was just made, and give it back."""
-    size = _size(value)
-    if size > MAX_CHARACTERS:
-        raise SecurityError(f"it makes a text of {size} characters, the limit is {MAX_CHARACTERS}")
-    _pay(size)
-    return value
-
-
-def _announced(characters: int) -> None:
-    """Pay for a text before it is made."""
-    if characters > MAX_CHARACTERS:
-        raise SecurityError(f"it would make a text of {characters} characters, the limit is {MAX_CHARACTERS}")
-    _pay(characters)
 
 
 class SandboxedTemplates(ImmutableSandboxedEnvironment):
@@ -159,7 +62,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, loopcontrols],
-            finalize=_checked,
+            finalize=checked,
             optimized=False,
         )
         kept: dict[str, Callable[..., Any]] = {name: self.filters[name] for name in _FILTERS}
@@ -187,12 +90,12 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             _check_format(left, right)
         elif operator == "*":
-            _announced(_product(left, right))
+            announce(_product(left, right))
         elif operator == "**":
             _check_power(left, right)
         elif operator == "+":
-            _announced(_size(left) + _size(right))
-        return _checked(super().call_binop(context, operator, left, right))
+            announce(size_of(left) + size_of(right))
+        return checked(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         formatted = super().wrap_str_format(value)
@@ -207,47 +110,52 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         return bounded
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _pay()
+        pay()
         if isinstance(obj, LoopContext):
             args = (self.bounded_items(args[0]), *args[1:])
         if getattr(obj, "__self__", None) is self:
             return obj(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str | bytes):
-            _pay(len(owner))
+            pay(len(owner))
             if name == "replace" and len(args) >= 2:
-                _announced(_replaced(owner, args[0], args[1]))
+                announce(_replaced(owner, args[0], args[1]))
             elif name == "join" and args:
                 args = (items := list(args[0]), *args[1:])
-                _announced(_size(items) + len(owner) * len(items))
-        return _checked(super().call(context, obj, *args, **kwargs))
+                announce(size_of(items) + len(owner) * len(items))
+        return checked(super().call(context, obj, *args, **kwargs))
 
     # ---- reached from compiled templates, by `_Bounded` ----
 
     def bounded_items(self, iterable: Iterable[Any]) -> list[Any]:
         """What a loop runs over, paid for in advance."""
         items = list(iterable)
-        _pay(STEP_WORK * len(items))
+        pay(STEP_WORK * len(items))
         return items
 
     def bounded_concat(self, *values: Any) -> str:
         """The `~` operator."""
-        _announced(sum(_size(value) for value in values))
+        announce(sum(size_of(value) for value in values))
         return "".join(map(str, values))
 
     def bounded_operand(self, value: Any) -> Any:
-        """A side of a comparison, or what is sliced."""
-        _pay(_size(value))
+        """A side of a comparison."""
+        pay(size_of(value))
+        return value
+
+    def bounded_slice(self, value: Any) -> Any:
+        """What a slice is taken of."""
+        pay(length_of(value))
         return value
 
     def bounded_literal(self, value: Any) -> Any:
         """A list, tuple or mapping that a template spells out."""
-        return _checked(value)
+        return checked(value)
 
     def concat(self, parts: Iterable[str]) -> str:
         """How rendered pieces become a string: of the whole template, a macro, or a `set` block."""
         pieces = list(parts)
-        _announced(sum(map(len, pieces)))
+        announce(sum(map(len, pieces)))
         return "".join(pieces)
 
 
@@ -255,13 +163,13 @@ def _check_format(template: str, values: Any) -> None:
     if _WIDE_FORMAT.search(template):
         raise SecurityError("it formats with a width or precision that is too large or not a constant")
     fields = template.count("{") + template.count("%")
-    _announced(len(template) + fields * (1000 + _size(values)))
+    announce(len(template) + fields * (1000 + size_of(values)))
 
 
 def _product(left: Any, right: Any) -> int:
     for sequence, count in ((left, right), (right, left)):
         if isinstance(sequence, str | bytes | list | tuple) and isinstance(count, int):
-            return max(0, count) * max(1, _size(sequence))
+            return max(0, count) * max(1, size_of(sequence))
     return 1
 
 
@@ -291,25 +199,26 @@ def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
         given = args[1:] if hasattr(function, "jinja_pass_arg") else args
-        _pay(sum(_size(value) for value in given) + sum(_size(value) for value in kwargs.values()))
+        weigh = length_of if name in _SHALLOW else size_of
+        pay(sum(map(weigh, given)) + sum(map(weigh, kwargs.values())))
         options = [*given[1:], *kwargs.values()]
         if name in _COUNTED_FILTERS:
             for option in options:
-                if _size(option) > MAX_COUNT or (isinstance(option, int) and option > MAX_COUNT):
+                if size_of(option) > MAX_COUNT or (isinstance(option, int) and option > MAX_COUNT):
                     raise SecurityError(f"it gives the filter {name!r} a count above {MAX_COUNT}")
         if name == "indent" and given:
             widths = [option if isinstance(option, int) else len(option) for option in options[:1]] or [4]
-            _announced(len(str(given[0])) + (str(given[0]).count("\n") + 1) * widths[0])
+            announce(len(str(given[0])) + (str(given[0]).count("\n") + 1) * widths[0])
         elif name == "replace" and len(given) >= 3:
-            _announced(_replaced(str(given[0]), str(given[1]), str(given[2])))
+            announce(_replaced(str(given[0]), str(given[1]), str(given[2])))
         elif name == "join" and given:
             items = list(given[0])
             args = tuple(items if value is given[0] else value for value in args)
             separators = [str(option) for option in options]
-            _announced(_size(items) + len(items) * max((len(text) for text in separators), default=0))
+            announce(size_of(items) + len(items) * max((len(text) for text in separators), default=0))
         elif name == "format":
             _check_format(str(given[0]), [given[1:], kwargs])
-        return _checked(function(*args, **kwargs))
+        return checked(function(*args, **kwargs))
 
     return paid
 
@@ -336,7 +245,7 @@ class _Bounded(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
-            node.node = _through("bounded_operand", node.node)
+            node.node = _through("bounded_slice", node.node)
         return node
 
     def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:

@@ -1,0 +1,123 @@
+"""What a template may spend, and what it has spent.
+
+In: the values that a template makes and the work it asks for. Out: nothing, or a `SecurityError` once a limit
+is passed. The unit is a character copied; everything else is priced in it. No clock is read.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final
+
+from jinja2.exceptions import SecurityError
+
+MAX_CHARACTERS: Final = 8_000_000
+"""Largest string that a template may make, and largest output."""
+MAX_PARTS: Final = 500_000
+"""Most values that a list or mapping may hold, with everything inside it."""
+MAX_WORK: Final = 250_000_000
+"""Budget of one rendering, in characters copied."""
+STEP_WORK: Final = 250
+"""What any single operation costs besides."""
+PART_WORK: Final = 200
+"""What looking at one part of a list or mapping costs."""
+MAX_INTEGER_BITS: Final = 256
+
+_CONTAINERS: Final = (list, tuple, dict, set, frozenset)
+
+
+class Budget:
+    """What one rendering may still spend, and the sizes of the containers that it was given."""
+
+    def __init__(self) -> None:
+        self.left = MAX_WORK
+        self.known: dict[int, int] = {}
+
+    def spend(self, characters: int) -> None:
+        self.left -= STEP_WORK + characters
+        if self.left < 0:
+            raise SecurityError(f"it does more than the work of copying {MAX_WORK} characters")
+
+    def learn(self, value: Any) -> int:
+        """Size of an input with everything inside it, remembered for each container in it: inputs outlive the
+        rendering and do not change, and templates ask for the length of the conversation at every turn."""
+        if isinstance(value, dict):
+            size = 1 + sum(map(self.learn, value)) + sum(map(self.learn, value.values()))
+        elif isinstance(value, list | tuple):
+            size = 1 + sum(map(self.learn, value))
+        else:
+            return len(value) if isinstance(value, str) else 1
+        self.known[id(value)] = size
+        return size
+
+
+_budget: ContextVar[Budget] = ContextVar("template budget")
+
+
+@contextmanager
+def budget(inputs: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """One rendering's allowance; whatever the environment does inside is paid from it. `inputs` are the
+    variables that the template will be given."""
+    allowance = Budget()
+    for value in (inputs or {}).values():
+        allowance.learn(value)
+    token = _budget.set(allowance)
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def pay(characters: int = 0) -> None:
+    _budget.get().spend(characters)
+
+
+def size_of(value: Any) -> int:
+    """Characters and parts of `value` with everything inside it. Shared parts count each time, as they would
+    when written out. Raises `SecurityError` beyond the limits."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, int):
+        if value.bit_length() > MAX_INTEGER_BITS:
+            raise SecurityError(f"it makes an integer of more than {MAX_INTEGER_BITS} bits")
+        return 1
+    if not isinstance(value, _CONTAINERS):
+        return 1
+    known = _budget.get().known
+    parts = size = 0
+    waiting: list[Any] = [value]
+    while waiting:
+        part = waiting.pop()
+        parts += 1
+        if isinstance(part, str | bytes):
+            size += len(part)
+        elif id(part) in known:
+            size += known[id(part)]
+        elif isinstance(part, _CONTAINERS):
+            waiting.extend(part)
+            if isinstance(part, dict):
+                waiting.extend(part.values())
+        if parts + len(waiting) > MAX_PARTS:
+            raise SecurityError(f"it makes a value of more than {MAX_PARTS} parts")
+    pay(PART_WORK * parts)
+    return parts + size
+
+
+def checked(value: Any) -> Any:
+    """Pay for a value that was just made, and give it back."""
+    size = size_of(value)
+    if size > MAX_CHARACTERS:
+        raise SecurityError(f"it makes a text of {size} characters, the limit is {MAX_CHARACTERS}")
+    pay(length_of(value))
+    return value
+
+
+def length_of(value: Any) -> int:
+    return len(value) if isinstance(value, (str, bytes, *_CONTAINERS)) else 1
+
+
+def announce(characters: int) -> None:
+    """Pay for a text before it is made."""
+    if characters > MAX_CHARACTERS:
+        raise SecurityError(f"it would make a text of {characters} characters, the limit is {MAX_CHARACTERS}")
+    pay(characters)
