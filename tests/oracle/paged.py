@@ -18,16 +18,16 @@ LIBRARIES = ("reference", "native")
 
 
 def make_kernels(
-    library: str, dtype: torch.dtype = torch.float32, *, batch_invariant: bool = False
+    library: str, dtype: torch.dtype = torch.float32, *, batch_invariant: bool = False, threads: int = 2
 ) -> Kernels:
     """A kernel library by name; skips the test where the native one is not built."""
     if library == "reference":
-        return TorchKernels(dtype=dtype, batch_invariant=batch_invariant, threads=2)
+        return TorchKernels(dtype=dtype, batch_invariant=batch_invariant, threads=threads)
     for module in ("headrace._native", "headrace.execution.kernels.native"):
         pytest.importorskip(module, reason=f"the native kernels are not built: no {module}")
     from headrace.execution.kernels.native import NativeKernels
 
-    return NativeKernels(dtype=dtype, batch_invariant=batch_invariant, threads=2)
+    return NativeKernels(dtype=dtype, batch_invariant=batch_invariant, threads=threads)
 
 
 class PagedRun:
@@ -38,21 +38,26 @@ class PagedRun:
     """
 
     def __init__(
-        self, decoder: Decoder, sequences: Sequence[Tensor], *, block_size: int, seed: int = 0
+        self, decoder: Decoder, sequences: Sequence[Tensor], *, block_size: int, seed: int = 0, room: int = 0
     ) -> None:
+        """`room` is by how many tokens a sequence may be extended."""
         self._decoder = decoder
         self._sequences = [tokens.to(torch.int32) for tokens in sequences]
         self._block_size = block_size
         self._groups = kv_groups(decoder.config)
-        blocks = max(-(-len(tokens) // block_size) for tokens in sequences)
-        count = blocks * len(sequences) * len(self._groups)
+        blocks = [-(-(len(tokens) + room) // block_size) for tokens in sequences]
+        spare = 3  # so that not every page is in use
+        count = sum(blocks) * len(self._groups) + spare
         config = decoder.config
         self._pages = decoder.kernels.allocate_kv(
-            count + 3, len(self._groups[0].layers), config.kv_heads, config.head_dim, block_size
+            count, len(self._groups[0].layers), config.kv_heads, config.head_dim, block_size
         )
         decoder.attach_kv(self._pages, self._groups, block_size)
-        order = torch.randperm(count + 3, generator=torch.Generator().manual_seed(seed))[:count]
-        self._tables = order.to(torch.int32).view(len(self._groups), len(sequences), blocks)
+        pages = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        self._tables = torch.full((len(self._groups), len(sequences), max(blocks)), -1, dtype=torch.int32)
+        for table in self._tables:
+            for row, needed in zip(table, blocks, strict=True):
+                row[:needed] = torch.tensor([pages.pop() for _ in range(needed)])
         self.computed = [0] * len(sequences)
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> None:
@@ -61,8 +66,11 @@ class PagedRun:
         )
 
     @torch.inference_mode()
-    def step(self, counts: Mapping[int, int]) -> dict[int, Tensor]:
-        """Compute the next counts[s] tokens of each sequence s → their logits, [counts[s], vocab] each."""
+    def step(self, counts: Mapping[int, int], last: int | None = None) -> dict[int, Tensor]:
+        """Compute the next counts[s] tokens of each sequence s → logits, [counts[s], vocab] each.
+
+        With `last`, logits of at most so many tokens at the end of each.
+        """
         tokens, positions, starts, context = [], [], [0], []
         for sequence, count in counts.items():
             begin = self.computed[sequence]
@@ -78,11 +86,13 @@ class PagedRun:
             torch.tensor(context, dtype=torch.int32),
             tuple(self._tables[group, rows].contiguous() for group in range(len(self._groups))),
         )
-        logits = self._decoder.logits(self._decoder.forward(batch))
+        hidden = torch.split(self._decoder.forward(batch), list(counts.values()))
+        wanted = [rows if last is None else rows[-last:] for rows in hidden]
+        logits = torch.split(self._decoder.logits(torch.cat(wanted)), [len(rows) for rows in wanted])
         for sequence, count in counts.items():
             self.computed[sequence] += count
         self._free_left_behind()
-        return dict(zip(rows, logits.split([counts[row] for row in rows]), strict=True))
+        return dict(zip(counts, logits, strict=True))
 
     def _free_left_behind(self) -> None:
         for group, members in enumerate(self._groups):
