@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,7 @@ def test_positions_and_seeds_give_independent_noise():
     row = np.zeros(VOCAB, np.float32)
     by_position = [sampler().sample(row, position) for position in range(3, 2003)]
     assert chi_square_is_plausible(np.bincount(by_position, minlength=VOCAB), np.full(VOCAB, 1 / VOCAB))
-    pairs = np.bincount([a * VOCAB + b for a, b in zip(by_position, by_position[1:], strict=False)])
+    pairs = np.bincount([a * VOCAB + b for a, b in pairwise(by_position)])
     assert pairs.max() <= 8
 
 

@@ -151,13 +151,14 @@ def _cut_pool(options: EngineOptions, files: ModelFiles, kernels: Kernels, notes
         )
     if length < 2:
         raise EngineBuildError(
-            f"kv_cache_memory of {options.kv_cache_memory} bytes holds {num_blocks} blocks of {block_bytes} bytes, "
-            "too few for a single sequence; raise it"
+            f"kv_cache_memory of {options.kv_cache_memory} bytes holds {num_blocks} blocks of {block_bytes} "
+            "bytes, too few for a single sequence; raise it"
         )
     if length < wanted:
         notes.append(f"max_model_len {length} of the model's {most}: more does not fit into the KV cache")
     tokens = num_blocks // len(groups) * size
-    notes.append(f"KV cache for {tokens} tokens: {num_blocks} blocks, {num_blocks * block_bytes / 2**20:.0f} MiB")
+    size_mib = num_blocks * block_bytes / 2**20
+    notes.append(f"KV cache for {tokens} tokens: {num_blocks} blocks, {size_mib:.0f} MiB")
     return _Pool(groups, num_blocks, block_bytes, length)
 
 

@@ -49,8 +49,10 @@ def check_batch_invariance(
 
     _same(decoder, alone, _run(decoder, [(probe, 0, length)])[-_TAIL:], "computing a prompt in one chunk")
     for chunk in (16, 37):
-        rows = [_run(decoder, [(probe, a, min(a + chunk, length))]) for a in range(0, length, chunk)]
-        _same(decoder, alone, torch.cat(rows)[-_TAIL:], f"computing a prompt in chunks of {chunk}")
+        rows = torch.cat(
+            [_run(decoder, [(probe, a, min(a + chunk, length))]) for a in range(0, length, chunk)]
+        )
+        _same(decoder, alone, rows[-_TAIL:], f"computing a prompt in chunks of {chunk}")
 
     spare = (num_blocks - groups * -(-length // block_size)) // groups
     others = [
@@ -97,6 +99,6 @@ def _same(decoder: Decoder, expected: torch.Tensor, got: torch.Tensor, way: str)
         kernels = decoder.kernels
         raise NotBatchInvariant(
             f"{way} changed the logits by up to {apart:.3g} with the {kernels.name} kernels in "
-            f"{str(kernels.dtype).removeprefix('torch.')}; serve without batch_invariant, or choose other kernels "
-            "or another dtype"
+            f"{str(kernels.dtype).removeprefix('torch.')}; serve without batch_invariant, or choose other "
+            "kernels or another dtype"
         )

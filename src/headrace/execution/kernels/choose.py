@@ -27,8 +27,8 @@ def choose_kernels(
     built = importlib.util.find_spec("headrace._native") is not None
     if library == "native" and not built:
         raise KernelsUnavailableError(
-            "the native kernels were not built when headrace was installed; install a C++ compiler and headrace "
-            "again, or choose --kernels reference"
+            "the native kernels were not built when headrace was installed; install a C++ compiler and "
+            "headrace again, or choose --kernels reference"
         )
     if library == "reference" or not built:
         from headrace.execution.kernels.reference import TorchKernels
