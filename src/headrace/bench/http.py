@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -243,9 +244,7 @@ class _Connection(asyncio.Protocol):
     # ---- asyncio.Protocol ----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError(f"expected a transport of a stream, got {transport!r}")
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's have the methods, not the type
 
     def data_received(self, data: bytes) -> None:
         self._at = self._now()

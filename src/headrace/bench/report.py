@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import orjson
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -91,17 +92,18 @@ def _facts(summary: Summary) -> Iterable[tuple[str, str]]:
 
 
 def _latencies(summary: Summary) -> Table:
-    table = Table("milliseconds", *(name for name in ("mean", "p50", "p90", "p95", "p99", "max")))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE, padding=(0, 1))
+    table.add_column("milliseconds", no_wrap=True)
+    for name in ("mean", "p50", "p90", "p95", "p99", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
     rows: list[tuple[str, Distribution | None]] = [
-        ("time to first token (TTFT)", summary.ttft_s),
-        ("time per output token (TPOT)", summary.tpot_s),
-        ("inter-token latency (ITL)", summary.itl_s),
-        ("end to end (E2E)", summary.e2e_s),
+        ("time to first token", summary.ttft_s),
+        ("time per output token", summary.tpot_s),
+        ("inter-token latency", summary.itl_s),
+        ("end to end", summary.e2e_s),
     ]
     if summary.held_back_s is not None and summary.held_back_s.max > 1e-3:
-        rows.append(("held back by the concurrency", summary.held_back_s))
+        rows.append(("held back at first", summary.held_back_s))
     for name, values in rows:
         if values is None:
             table.add_row(name, *["-"] * 6)
@@ -115,7 +117,7 @@ def _latencies(summary: Summary) -> Table:
 
 def _ms(seconds: float) -> str:
     milliseconds = seconds * 1e3
-    return f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.2f}".rstrip("0").rstrip(".")
+    return f"{milliseconds:.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f}"
 
 
 def write_json(summary: Summary, path: Path) -> None:

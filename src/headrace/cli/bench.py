@@ -353,6 +353,7 @@ async def _run(target: Target, workload: Workload, load: Load) -> Run:
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, run.stop)
     progress = asyncio.create_task(show(run, load.requests, Console(stderr=True)), name="bench.progress")
+    await asyncio.sleep(0)  # the first line is drawn before the first request is due
     try:
         await run.run()
     finally:
