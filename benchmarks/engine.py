@@ -1,7 +1,7 @@
 """Output tokens per second of the engine alone, and the share of a step that is not a kernel.
 
 In one process, without HTTP: batches of 1, 8 and 32 sequences, each with 64 random prompt tokens and 64
-output tokens, medians over repetitions. A step's time splits into kernels (seconds inside `Kernels`) and the rest:
+output tokens, medians over repetitions. A step splits into kernels (seconds inside `Kernels`) and the rest:
 planning, gathering the batch, sampling, committing.
 """
 
