@@ -26,7 +26,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_pieces_add_up_to_the_library_s_text_for_any_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Ids at random, half of them single bytes: mostly no UTF-8 at all. Some lie outside the vocabulary."""
     one = st.integers(0, tokenizer.vocab_size + 3) | st.sampled_from(single_bytes(tokenizer))
@@ -37,7 +37,7 @@ def test_pieces_add_up_to_the_library_s_text_for_any_ids(tokenizer: Tokenizer, d
 
 
 @given(text=ANY_TEXT)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_no_piece_of_a_text_breaks_a_character(tokenizer: Tokenizer, text: str) -> None:
     text = spellable(tokenizer, text)
     ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
@@ -48,7 +48,7 @@ def test_no_piece_of_a_text_breaks_a_character(tokenizer: Tokenizer, text: str) 
 
 @pytest.mark.parametrize("kind", small)
 @given(data=st.data())
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=300)
 def test_small_vocabularies_decode_as_the_library_does(kind: str, data: st.DataObject) -> None:
     """With so few tokens every order of bytes, spaces and special tokens comes up."""
     tokenizer = small[kind]()

@@ -31,7 +31,7 @@ LETTERS = st.text("ab", min_size=1, max_size=5)
     stops=st.lists(LETTERS | st.text("abc", min_size=1, max_size=3), max_size=4),
     include=st.booleans(),
 )
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=600)
 def test_any_cutting_gives_what_a_search_of_the_whole_gives(
     pieces: list[str], stops: list[str], include: bool
 ) -> None:
@@ -43,7 +43,7 @@ def test_any_cutting_gives_what_a_search_of_the_whole_gives(
     pieces=st.lists(st.text("abc", max_size=4), max_size=12),
     stops=st.lists(LETTERS, min_size=1, max_size=3),
 )
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 def test_nothing_is_held_back_without_need(pieces: list[str], stops: list[str]) -> None:
     """After each piece, what is held back is the longest end of the text that begins a stop string."""
     checker = StopChecker(stops)
