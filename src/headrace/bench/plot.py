@@ -17,6 +17,9 @@ from headrace.bench.record import Record
 
 MAX_WINDOWS = 60
 MIN_WINDOW_S = 0.25
+POINTS_PER_WINDOW = 8
+"""Fewer make no percentile."""
+
 _PERCENTILES = (50, 90, 99)
 
 
@@ -28,9 +31,9 @@ def check_plot(path: Path) -> None:
         raise BenchError(f"--plot writes PNG files; {path} does not end in .png")
 
 
-def windows(duration_s: float) -> NDArray[np.float64]:
+def windows(duration_s: float, points: int) -> NDArray[np.float64]:
     """The borders of the windows in which a run is looked at, in seconds from its beginning."""
-    count = max(1, min(MAX_WINDOWS, int(duration_s / MIN_WINDOW_S)))
+    count = max(1, min(MAX_WINDOWS, int(duration_s / MIN_WINDOW_S), points // POINTS_PER_WINDOW))
     return np.linspace(0.0, max(duration_s, 1e-9), count + 1)
 
 
@@ -58,7 +61,8 @@ def write_plot(records: Sequence[Record], began_s: float, duration_s: float, tit
     from matplotlib import pyplot
 
     done = [record for record in records if record.completed]
-    borders = windows(duration_s)
+    chunks = sum(len(record.times) for record in done)
+    borders = windows(duration_s, chunks)
     middles, width = (borders[1:] + borders[:-1]) / 2, borders[1] - borders[0]
     tokens = np.histogram(
         [at - began_s for record in done for at in record.times],
@@ -76,18 +80,21 @@ def write_plot(records: Sequence[Record], began_s: float, duration_s: float, tit
     figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(10, 9), layout="constrained")
     figure.suptitle(title, fontsize=10)
     for axis, (name, points) in zip(axes, latencies, strict=False):
-        known = [(at, value * 1e3) for at, value in points if value is not None]
         axis.set_ylabel(name)
-        axis.set_ylim(bottom=0, auto=True)
-        if known:
-            at_s, values = zip(*known, strict=True)
-            for percentile, line in zip(
-                _PERCENTILES, percentiles_by_window(at_s, values, borders), strict=True
-            ):
-                axis.plot(middles, line, marker=".", label=f"p{percentile}")
-            axis.legend(loc="upper left")
+        known = [(at, value * 1e3) for at, value in points if value is not None]
+        if not known:
+            continue
+        coarse = windows(duration_s, len(known))
+        centres = (coarse[1:] + coarse[:-1]) / 2
+        lines = percentiles_by_window([at for at, _ in known], [value for _, value in known], coarse)
+        for percentile, line in zip(_PERCENTILES, lines, strict=True):
+            there = ~np.isnan(line)
+            axis.plot(centres[there], line[there], marker=".", label=f"p{percentile}")
+        axis.set_ylim(bottom=0)
+        axis.legend(loc="upper left")
     axes[2].step(middles, tokens / width, where="mid", label="output tokens/s")
     axes[2].set_ylabel("output tokens/s")
+    axes[2].set_ylim(bottom=0)
     axes[2].set_xlabel("seconds")
     requests = axes[2].twinx()
     requests.plot(middles, under_way, color="tab:gray", label="requests under way")

@@ -1,8 +1,9 @@
 """What a run's records come to: latencies, throughput, goodput, errors, and what the generator itself cost.
 
 In: records. Out: one typed summary, which the report prints and JSON holds. Latencies and tokens are those
-of completed requests; failed ones are counted by kind. Percentiles interpolate linearly between ranks, as
-numpy's do by default.
+of completed requests; of those that the end of the run cut off, what had come until then counts as well
+(first token, gaps, tokens), but no latency of the whole. Failed requests are counted by kind. Percentiles
+interpolate linearly between ranks, as numpy's do by default.
 """
 
 from __future__ import annotations
@@ -183,14 +184,14 @@ def summarise(
     records = [record for record in records if record.ended_s is not None]
     done = [record for record in records if record.completed]
     cancelled = [r for r in records if r.failure is not None and r.failure.kind == FailureKind.CANCELLED]
-    itl = [record.itl_s() for record in done]
+    measured = done + [record for record in cancelled if record.times]
+    itl = [record.itl_s() for record in measured]
     chunks = sum(len(record.times) for record in records)
-    output_tokens = sum(record.output_tokens for record in done)
+    output_tokens = sum(record.output_tokens for record in measured)
     input_tokens = sum(record.input_tokens or 0 for record in done)
     cached = [record.cached_tokens for record in done if record.cached_tokens is not None]
     busy_s = sum(r.ended_s - r.sent_s for r in records if r.ended_s is not None and r.sent_s is not None)
-    lengths = [len(record.times) for record in done]
-    counted = {kind: sum(record.counted is kind for record in done) for kind in Counted}
+    counted = {kind: sum(record.counted is kind for record in measured) for kind in Counted}
     return Summary(
         target=context.target,
         workload=context.workload,
@@ -214,14 +215,12 @@ def summarise(
         output_tokens_per_s=_per(output_tokens, duration_s),
         mean_running=_per(busy_s, duration_s),
         most_running=most_running,
-        ttft_s=_distribution(record.ttft_s for record in done),
+        ttft_s=_distribution(record.ttft_s for record in measured),
         tpot_s=_distribution(record.tpot_s for record in done),
         itl_s=Distribution.of(np.concatenate(itl)) if itl else None,
         e2e_s=_distribution(record.e2e_s for record in done),
         held_back_s=_distribution(r.ready_s - r.due_s for r in records) if context.scheduled else None,
-        tokens_per_chunk=Distribution.of([size for record in done for size in record.sizes])
-        if lengths
-        else None,
+        tokens_per_chunk=Distribution.of([size for record in measured for size in record.sizes]),
         chunks_counted_by={kind: number for kind, number in counted.items() if number},
         goodput=_goodput(records, len(cancelled), context.objectives, duration_s),
         generator=GeneratorCost(
