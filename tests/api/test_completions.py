@@ -57,16 +57,15 @@ def test_token_ids_and_several_prompts_keep_their_order(house: ApiHouse, client:
 def test_an_end_token_and_a_stop_token_end_the_text_and_are_not_part_of_it(
     house: ApiHouse, client: openai.OpenAI
 ) -> None:
-    prompt = next(p for p in ([i] for i in range(900)) if EOS in house.expected(p, max_tokens=400).tokens)
-    tokens = house.expected(prompt, max_tokens=400).tokens
+    ends = (([i], house.expected([i], max_tokens=400).tokens) for i in range(900))
+    prompt, tokens = next((p, t) for p, t in ends if t[-1] == EOS and len(t) > 20)
     answer = client.completions.create(model="hash", prompt=prompt, temperature=0, max_tokens=400)
-    assert tokens[-1] == EOS
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text == house.tokenizer.decode(tokens)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == len(tokens)
 
-    stop = next(token for token in tokens[3:] if token > 256 and token not in tokens[:3])
+    stop = next(token for token in tokens[3:] if 256 < token < SEPARATOR and token not in tokens[:3])
     at = tokens.index(stop)
     for include in (False, True):
         answer = client.completions.create(
@@ -103,6 +102,45 @@ def test_a_stop_string_across_tokens_ends_the_text(
     assert choices[0]["text"] == text[: at + len(stop) * include]
     assert choices[0]["finish_reason"] == "stop"
     assert choices[0]["stop_reason"] == stop
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_only_began_like_a_stop_string_is_sent_at_the_end(
+    house: ApiHouse, http: httpx.Client, prompt: list[int], stream: bool
+) -> None:
+    text = house.expected_text(prompt, max_tokens=20, ignore_eos=True)
+    body = {
+        "prompt": PROMPT,
+        "temperature": 0,
+        "max_tokens": 20,
+        "stop": text[-4:] + "never",
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    (choice,) = ask(http, body)
+    assert choice["text"] == text
+    assert choice["finish_reason"] == "length"
+
+
+def test_a_stopped_choice_is_not_computed_any_further(house: ApiHouse, http: httpx.Client) -> None:
+    def generated() -> float:
+        lines = house.metrics.text().decode().splitlines()
+        return next(float(x.split()[1]) for x in lines if x.startswith("headrace:generation_tokens_total"))
+
+    def tokens(sample: int) -> list[int]:
+        alone = house.expected([50], sample, temperature=1.0, seed=3, n=2, max_tokens=400, ignore_eos=True)
+        found: list[int] = alone.tokens
+        return found
+
+    other = set(tokens(1))
+    stop = next(token for token in tokens(0)[5:] if 256 < token < SEPARATOR and token not in other)
+    word = house.tokenizer.decode([stop])
+    before = house.do(generated)
+    body = {"prompt": [50], "n": 2, "seed": 3, "max_tokens": 400, "ignore_eos": True, "stop": word + " "}
+    first, second = ask(http, body)
+    assert first["finish_reason"] == "stop"
+    assert second["finish_reason"] == "length"
+    assert 400 < house.do(generated) - before < 600
 
 
 def test_stop_strings_and_ends_wait_for_min_tokens(house: ApiHouse, client: openai.OpenAI) -> None:

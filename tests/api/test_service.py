@@ -97,7 +97,8 @@ def test_ctrl_c_does_not_wait_for_requests(monkeypatch: pytest.MonkeyPatch, dire
 def test_a_second_signal_ends_everything_at_once(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     with HashServed(monkeypatch, directory) as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # closing it would be leaving
+            next(lines)
             children = server.gateway.children()
             server.signal(signal.SIGTERM)
             server.wait_line("draining")

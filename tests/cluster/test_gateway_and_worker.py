@@ -15,8 +15,16 @@ from house import WORLDS, EngineShape, House, collect, in_house, request
 from headrace.cluster import GatewayObserver, GatewayState, StartFailedError
 from headrace.engine import RequestRefused
 from headrace.protocol.channel import Channel
-from headrace.protocol.messages import Drained, FromGateway, StepStats, Submit
-from headrace.protocol.requests import ErrorCode, FinishReason
+from headrace.protocol.messages import (
+    PROTOCOL_VERSION,
+    Drained,
+    FromGateway,
+    Hello,
+    Outputs,
+    StepStats,
+    Submit,
+)
+from headrace.protocol.requests import ErrorCode, Finish, FinishReason, SequenceOutput
 from headrace.sim import Crash
 from headrace.worker import report_start_failure, serve
 
@@ -313,6 +321,32 @@ def test_who_does_not_say_hello_is_dropped(kind: str) -> None:
             await serve(world, house.gateway.address, engine, info)
         r = request("r")
         assert (await collect(house.gateway.submit(r)))["r", 0][0] == house.expected(r)
+
+    in_house(kind, body)
+
+
+@everywhere
+def test_a_sample_ends_once_even_if_the_engine_says_so_twice(kind: str) -> None:
+    async def body(house: House) -> None:
+        await house.kill_worker()
+        await house.gateway.wait_lost()
+        _, info = house.shape.build()
+        worker: Channel[FromGateway] = Channel(
+            await house.worker_world().network.connect(house.gateway.address, timeout_s=5),
+            receives=FromGateway,
+        )
+        worker.post(Hello(protocol=PROTOCOL_VERSION, engine=info))
+        await house.gateway.wait_ready()
+        stream = house.gateway.submit(request("r", n=2))
+        end = Finish(FinishReason.LENGTH)
+        twice = [SequenceOutput("r", 0, [5], finish=end), SequenceOutput("r", 0, [6], finish=end)]
+        worker.post(Outputs([*twice, SequenceOutput("stranger", 0, [7])]))
+        worker.post(Outputs([SequenceOutput("r", 0, [8], finish=end), SequenceOutput("r", 1, finish=end)]))
+        results = await collect(stream)
+        assert results == {("r", 0): ([5], end), ("r", 1): ([], end)}
+        assert house.gateway.open_samples == 0
+        worker.abort()
+        await house.gateway.wait_lost()
 
     in_house(kind, body)
 

@@ -94,6 +94,8 @@ class Served:
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for sample in family.samples:
+                if sample.name.endswith("_created"):
+                    continue
                 if "finished_reason" in sample.labels:
                     found["ended:" + sample.labels["finished_reason"]] = sample.value
                 elif "le" not in sample.labels:

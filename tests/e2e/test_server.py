@@ -149,7 +149,7 @@ def test_five_hundred_requests_that_come_and_go(served: Served) -> None:
     assert whole > 150
     assert left > 50
     ended = sum(after[name] - before[name] for name in after if name.startswith("ended:"))
-    assert whole <= ended <= 1000
+    assert whole <= ended <= 1000, (whole, left, ended)
     assert after["ended:error"] == before["ended:error"]
 
 
@@ -190,14 +190,12 @@ def test_a_killed_engine_is_an_error_in_the_stream_and_the_server_recovers(
 
 
 def test_too_little_memory_is_one_line(smollm2_dir: Path) -> None:
-    for size, words in (("9000GiB", "are available"), ("1KiB", "too few")):
-        server = Served(smollm2_dir, "--kv-cache-memory", size)
-        server.launch()
-        server.wait_line("headrace: error: ")
-        assert words in server.lines[-1]
-        assert len(server.lines) == 2  # and the one that says what it is about to do
-        assert server.process.wait(10) == 1
-        server._reader.join(5)
+    server = Served(smollm2_dir, "--kv-cache-memory", "9000GiB")
+    server.launch()
+    assert "are available" in server.wait_line("headrace: error: ")
+    assert len(server.lines) == 2  # and the one that says what it is about to do
+    assert server.process.wait(10) == 1
+    server._reader.join(5)
 
 
 def test_sigterm_lets_what_runs_finish(served: Served) -> None:
