@@ -133,7 +133,7 @@ def test_nobody_there() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(RequestFailed, match="cannot connect to http://127.0.0.1") as caught:
+        with pytest.raises(RequestFailed, match=r"cannot connect to http://127\.0\.0\.1") as caught:
             asyncio.run(HttpClient(Origin.parse(url)).get("/"))
     assert caught.value.failure.kind == FailureKind.CONNECT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ EVENTS = [b'{"a": 1}', b"one\ntwo", b"three", "é".encode(), b"[DONE]"]
 def test_events_do_not_depend_on_where_the_stream_is_cut(cuts: list[int]) -> None:
     parser = EventParser()
     places = sorted({0, *cuts, len(STREAM)})
-    events = [e for a, b in zip(places, places[1:], strict=False) for e in parser.feed(STREAM[a:b])]
+    events = [e for a, b in pairwise(places) for e in parser.feed(STREAM[a:b])]
     assert events == EVENTS
     assert parser.pending == 0
 
@@ -47,7 +48,9 @@ def test_an_event_without_end_is_given_up() -> None:
             parser.feed(b"x" * (MAX_EVENT_BYTES // 2 + 1))
 
 
-def read(*events: object, status: int = 200, kind: str = "text/event-stream", done: bool = True) -> StreamReader:
+def read(
+    *events: object, status: int = 200, kind: str = "text/event-stream", done: bool = True
+) -> StreamReader:
     """A reader that has been given each event a second after the one before."""
     reader = StreamReader()
     reader.sent(0.0)
@@ -98,7 +101,9 @@ def test_reasoning_and_tool_calls_are_tokens() -> None:
 
 
 def test_token_ids_say_how_many_tokens_a_chunk_has() -> None:
-    reader = read(token("a", token_ids=[1]), token("", token_ids=[2, 3]), token("b", token_ids=[4]), usage(1, 4))
+    reader = read(
+        token("a", token_ids=[1]), token("", token_ids=[2, 3]), token("b", token_ids=[4]), usage(1, 4)
+    )
     assert reader.sizes() == [1, 2, 1]
     assert reader.counted is Counted.IDS
     assert reader.token_ids == [1, 2, 3, 4]
@@ -145,7 +150,10 @@ def test_every_bad_answer_has_its_kind() -> None:
     assert kind_of_failure(read(b"data: {not json}\n\n")) == FailureKind.MALFORMED
     assert kind_of_failure(read(b'data: {"choices": "none"}\n\n')) == FailureKind.MALFORMED
     assert kind_of_failure(read(b"data: \xff\xfe\n\n")) == FailureKind.MALFORMED
-    assert kind_of_failure(read(token(finish_reason="stop"), b'data: {"cho', done=False)) == FailureKind.MALFORMED
+    assert (
+        kind_of_failure(read(token(finish_reason="stop"), b'data: {"cho', done=False))
+        == FailureKind.MALFORMED
+    )
     assert kind_of_failure(read(b"<html>", kind="text/html", done=False)) == FailureKind.MALFORMED
     assert kind_of_failure(read(b"{}", status=429, done=False)) == "http_429"
 
