@@ -137,14 +137,14 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
 
 
 def test_a_key_is_asked_for_under_v1_only() -> None:
-    with ApiHouse(api_key="secret") as house:
+    with ApiHouse(api_key="sécret") as house:
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert httpx.get(house.url + path).status_code == 200
         assert error_of(httpx.get(f"{house.url}/v1/models"), 401)["code"] == "invalid_api_key"
-        for given in ("Bearer wrong", "secret", "Bearer secre", "Bearer", "Bearer sécret"):
+        for given in ("Bearer wrong", "Bearer secret", "Bearer", "Bearer sécre", "sécret"):
             headers = {"Authorization": given.encode()}
             error_of(httpx.post(house.url + CHAT, json=HELLO, headers=headers), 401)
-        good = {"Authorization": "Bearer secret"}
+        good = {"Authorization": "Bearer sécret".encode()}
         assert httpx.post(house.url + TEXT, json={"prompt": "a"}, headers=good).status_code == 200
 
 

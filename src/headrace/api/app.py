@@ -32,7 +32,7 @@ class _KeyRequired:
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
         if not hmac.compare_digest(given, self._expected):
             raise ApiError(
                 401,

@@ -83,7 +83,7 @@ def serve(
             files,
             options,
             bound,
-            api_key=api_key,
+            api_key=api_key or None,
             drain_timeout_s=drain_timeout,
             started_s=STARTED_S,
             say=_say,
