@@ -18,9 +18,13 @@ LIBRARIES = ("reference", "native")
 
 
 def make_kernels(
-    library: str, dtype: torch.dtype = torch.float32, *, batch_invariant: bool = False, threads: int = 2
+    library: str, dtype: torch.dtype = torch.float32, *, batch_invariant: bool = False, threads: int = 1
 ) -> Kernels:
-    """A kernel library by name; skips the test where the native one is not built."""
+    """A kernel library by name; skips the test where the native one is not built.
+
+    One thread unless asked: torch's threads wait for each other at every small operation, and beside other
+    processes that costs more than a second one gains.
+    """
     if library == "reference":
         return TorchKernels(dtype=dtype, batch_invariant=batch_invariant, threads=threads)
     for module in ("headrace._native", "headrace.execution.kernels.native"):

@@ -63,7 +63,7 @@ def _expected(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.fixture(params=LIBRARIES)
 def decoder(request: pytest.FixtureRequest, oracle: Oracle) -> Decoder:
-    return load_decoder(oracle.directory, make_kernels(request.param, threads=1), MAX_LEN)
+    return load_decoder(oracle.directory, make_kernels(request.param), MAX_LEN)
 
 
 def _assert_close(found: list[Tensor], oracle: Oracle) -> None:
