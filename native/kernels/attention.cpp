@@ -250,77 +250,106 @@ struct Tile {
 };
 
 #if defined(__AMX_BF16__)
-// A run is 16 keys deep, so the tiles are: an instruction takes 16 dimensions of a score, or 16 keys of a sum.
-template <>
-void Tile<bf16>::score(int64_t first_run, int64_t end_run) {
-  const bool two = task.rows > 16;
-  const int64_t depth = layout.depth;
-  fence();
-  for (int64_t run = first_run; run < end_run; run += 2) {
-    const bool pair = run + 1 < end_run;
-    const bf16 *left = keys[run], *right = keys[pair ? run + 1 : run];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < depth; d += 16) {
-      _tile_loadd(4, q + d, depth * 2);
-      _tile_loadd(6, left + d / 2 * key_stride, key_stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      if (pair) {
-        _tile_loadd(7, right + d / 2 * key_stride, key_stride * 2);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (two) {
-        _tile_loadd(5, q + 16 * depth + d, depth * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (pair) _tile_dpbf16ps(3, 5, 7);
-      }
+// A run is 16 keys deep, so the tiles are: an instruction takes 16 dimensions of a score, or 16 keys of a sum. An
+// instruction waits for the last one on its tile of sums, so four of these are at work at any time: two blocks of rows
+// by two of columns, or one by four.
+constexpr int kDepth = 16;
+
+// One step of k for the sums in tiles 0 to 3: A's rows from `a`, B's columns from b[0] and on.
+template <bool kTwoBlocks>
+HEADRACE_INLINE void tile_step(const bf16* a, int64_t a_stride, const bf16* const* b, int64_t b_offset, int64_t b_stride,
+                               int columns) {
+  const auto from = [&](int i) { return b[i] + b_offset; };
+  _tile_loadd(4, a, a_stride * 2);
+  _tile_loadd(6, from(0), b_stride * 2);
+  _tile_dpbf16ps(0, 4, 6);
+  if (columns > 1) {
+    _tile_loadd(7, from(1), b_stride * 2);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if (kTwoBlocks) {
+    _tile_loadd(5, a + 16 * a_stride, a_stride * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    if (columns > 1) _tile_dpbf16ps(3, 5, 7);
+  } else {
+    if (columns > 2) {
+      _tile_loadd(6, from(2), b_stride * 2);
+      _tile_dpbf16ps(2, 4, 6);
     }
-    float* to = scores + run * kLanes;
-    _tile_stored(0, to, kScoreStride * 4);
-    if (pair) _tile_stored(1, to + kLanes, kScoreStride * 4);
-    if (two) {
-      _tile_stored(2, to + 16 * kScoreStride, kScoreStride * 4);
-      if (pair) _tile_stored(3, to + 16 * kScoreStride + kLanes, kScoreStride * 4);
+    if (columns > 3) {
+      _tile_loadd(7, from(3), b_stride * 2);
+      _tile_dpbf16ps(3, 4, 7);
     }
   }
 }
 
+// The sums, `columns` blocks of 16 side by side.
+template <bool kTwoBlocks>
+HEADRACE_INLINE void store_tiles(float* to, int64_t stride, int columns) {
+  _tile_stored(0, to, stride * 4);
+  if (columns > 1) _tile_stored(1, to + 16, stride * 4);
+  if (kTwoBlocks) {
+    _tile_stored(2, to + 16 * stride, stride * 4);
+    if (columns > 1) _tile_stored(3, to + 16 * stride + 16, stride * 4);
+  } else {
+    if (columns > 2) _tile_stored(2, to + 32, stride * 4);
+    if (columns > 3) _tile_stored(3, to + 48, stride * 4);
+  }
+}
+
+HEADRACE_INLINE void clear_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+template <bool kTwoBlocks>
+void score_in_tiles(Tile<bf16>& tile, int64_t first_run, int64_t end_run) {
+  constexpr int kColumns = kTwoBlocks ? 2 : 4;
+  const int64_t depth = tile.layout.depth;
+  fence();
+  for (int64_t run = first_run; run < end_run; run += kColumns) {
+    const int columns = static_cast<int>(end_run - run < kColumns ? end_run - run : kColumns);
+    clear_tiles();
+    for (int64_t d = 0; d < depth; d += kDepth)
+      tile_step<kTwoBlocks>(tile.q + d, depth, tile.keys + run, d / 2 * tile.key_stride, tile.key_stride, columns);
+    store_tiles<kTwoBlocks>(tile.scores + run * kLanes, kScoreStride, columns);
+  }
+}
+
+template <bool kTwoBlocks>
+void weigh_in_tiles(Tile<bf16>& tile, int64_t first_run, int64_t end_run, float* out) {
+  constexpr int kColumns = kTwoBlocks ? 2 : 4;
+  const int64_t depth = tile.layout.depth;
+  fence();
+  for (int64_t d = 0; d < depth; d += kColumns * kLanes) {
+    const int64_t left = (depth - d) / kLanes;
+    const int columns = static_cast<int>(left < kColumns ? left : kColumns);
+    clear_tiles();
+    for (int64_t run = first_run; run < end_run; ++run) {
+      const bf16* v = tile.values[run] + d * 2;
+      const bf16* const blocks[] = {v, v + 32, v + 64, v + 96};
+      tile_step<kTwoBlocks>(tile.weights + run * kLanes, kWeightStride, blocks, 0, depth * 2, columns);
+    }
+    store_tiles<kTwoBlocks>(out + d, depth, columns);
+  }
+}
+
+template <>
+void Tile<bf16>::score(int64_t first_run, int64_t end_run) {
+  if (task.rows > 16)
+    score_in_tiles<true>(*this, first_run, end_run);
+  else
+    score_in_tiles<false>(*this, first_run, end_run);
+}
+
 template <>
 void Tile<bf16>::weigh(int64_t first_run, int64_t end_run, float* out) {
-  const bool two = task.rows > 16;
-  const int64_t depth = layout.depth;
-  fence();
-  for (int64_t d = 0; d < depth; d += 32) {
-    const bool pair = d + 16 < depth;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t run = first_run; run < end_run; ++run) {
-      const bf16* w = weights + run * kLanes;
-      const bf16* v = values[run] + d * 2;
-      _tile_loadd(4, w, kWeightStride * 2);
-      _tile_loadd(6, v, depth * 4);
-      _tile_dpbf16ps(0, 4, 6);
-      if (pair) {
-        _tile_loadd(7, v + 32, depth * 4);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (two) {
-        _tile_loadd(5, w + 16 * kWeightStride, kWeightStride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (pair) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, out + d, depth * 4);
-    if (pair) _tile_stored(1, out + d + 16, depth * 4);
-    if (two) {
-      _tile_stored(2, out + 16 * depth + d, depth * 4);
-      if (pair) _tile_stored(3, out + 16 * depth + d + 16, depth * 4);
-    }
-  }
+  if (task.rows > 16)
+    weigh_in_tiles<true>(*this, first_run, end_run, out);
+  else
+    weigh_in_tiles<false>(*this, first_run, end_run, out);
 }
 #endif
 
@@ -367,7 +396,7 @@ void work_off(const AttentionArgs& args, const Task& task) {
   float* memory = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(2 * size) * sizeof(float)));
   const Sums whole = sums_at(memory), part = sums_at(memory + size);
 #if defined(__AMX_BF16__)
-  if (sizeof(T) == 2) configure_tiles(task.rows, kLanes);
+  if (sizeof(T) == 2) configure_tiles(task.rows, kDepth);
 #endif
   if (!task.partials) {
     tile.clear(whole);
