@@ -70,7 +70,7 @@ class Batch:
     ) -> None:
         """`say` gets what the engine's process prints."""
         self._world = real_world()
-        self._model = ServedModel.from_files(files)
+        self._files = files
         launcher = LocalLauncher(engine_command, msgspec.json.encode(options), say)
         self._engine = LocalEngine(self._world, launcher, report=say)
         self._max_tokens = max_tokens
@@ -83,11 +83,18 @@ class Batch:
     ) -> None:
         """Call `show` for each result, in order, and `advance` with tokens per second as each one ends.
 
-        Raises StartFailedError or EngineLostError when there is no engine to run on.
+        Raises StartFailedError or EngineLostError when there is no engine to run on, TextError when the
+        model's text cannot be read.
         """
         limit = asyncio.Semaphore(self._in_flight)
         try:
-            await self._engine.start()
+            starting = asyncio.create_task(self._engine.start(), name="engine start")
+            try:
+                self._model = await asyncio.to_thread(ServedModel.from_files, self._files)
+                await starting
+            finally:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
             self._began_s, self._tokens = time.monotonic(), 0
             async with asyncio.TaskGroup() as group:
                 tasks = [

@@ -4,7 +4,8 @@
        │                  └──SIGINT: draining with no time──▶ gone
        └──either──▶ gone              (a second signal, anywhere: gone at once)
 
-The socket answers from the beginning: /health and /ready tell where the server stands.
+The socket answers as soon as the tokenizer is read, while the engine loads: /health and /ready tell where the
+server stands.
 """
 
 from __future__ import annotations
@@ -57,50 +58,62 @@ class Service:
         self._say = say
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
-        world = real_world()
-        metrics = Metrics(options.served_name)
+        self._world = real_world()
+        self._metrics = Metrics(options.served_name)
         launcher = LocalLauncher(
             engine_command, msgspec.json.encode(options), lambda line: say(f"engine: {line}")
         )
-        self._engine = LocalEngine(world, launcher, observer=metrics, report=say)
-        model = ServedModel.from_files(files, options.served_name)
-        seeds = world.random.stream("seeds")
-        self._http = HttpServer(
-            create_app(Server(self._engine.gateway, model, metrics, seeds, api_key)), bound
-        )
+        self._engine = LocalEngine(self._world, launcher, observer=self._metrics, report=say)
+        self._http: HttpServer | None = None
         self._files = files
+        self._api_key = api_key
 
     async def run(self) -> None:
         """Serve until a signal says otherwise.
 
-        Raises StartFailedError or EngineLostError when the engine cannot be run.
+        Raises StartFailedError or EngineLostError when the engine cannot be run, TextError for a tokenizer or
+        chat template that cannot be read.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         self._say(self._intent())
         signalled = asyncio.create_task(self._signalled.wait(), name="signals")
+        opening = asyncio.create_task(self._open(), name="start-up")
         try:
-            await self._http.start()
-            starting = asyncio.create_task(self._engine.start(), name="engine start")
-            await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                self._tell_ready(await starting)
+            await asyncio.wait({opening, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                self._tell_ready(await opening)
                 lost = asyncio.create_task(self._engine.wait_given_up(), name="engine end")
                 await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
                     await lost
                 lost.cancel()
             await self._stop()
-            if not starting.done():
-                starting.cancel()
-                await asyncio.gather(starting, return_exceptions=True)
         finally:
             signalled.cancel()
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
             await self._engine.stop()
-            await self._http.stop()
+            if self._http is not None:
+                await self._http.stop()
+            self._bound.close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    async def _open(self) -> EngineInfo:
+        """Start the engine, and while it loads read the model's text and begin to answer."""
+        starting = asyncio.create_task(self._engine.start(), name="engine start")
+        try:
+            model = await asyncio.to_thread(ServedModel.from_files, self._files, self._options.served_name)
+            seeds = self._world.random.stream("seeds")
+            server = Server(self._engine.gateway, model, self._metrics, seeds, self._api_key)
+            self._http = HttpServer(create_app(server), self._bound)
+            await self._http.start()
+            return await starting
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals.append(number)

@@ -48,12 +48,14 @@ class LocalEngine:
         await self.gateway.listen(f"unix:{self._directory.name}/engine.sock")
         self._running = asyncio.create_task(self._supervisor.run(), name="supervisor")
         ready = asyncio.create_task(self.gateway.wait_ready(), name="local engine")
-        await asyncio.wait({self._running, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if self._running.done():
+        try:
+            await asyncio.wait({self._running, ready}, return_when=asyncio.FIRST_COMPLETED)
+            if self._running.done():
+                await self._running  # raises why
+            return await ready
+        finally:
             ready.cancel()
             await asyncio.gather(ready, return_exceptions=True)
-            await self._running
-        return await ready
 
     async def wait_given_up(self) -> None:
         """Wait until the engine cannot be kept running; raises why. Returns when it was drained."""
