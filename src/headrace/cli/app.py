@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from headrace.cli.bench import bench
+from headrace.cli.chat import chat
 from headrace.cli.demo import demo
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(bench)
+app.command()(chat)
 app.command()(demo)
 app.command()(version)
 app.add_typer(models, name="models")

@@ -1,0 +1,75 @@
+"""A server of one's own: `headrace serve` as a child on a free port, stopped when its user leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+START_TIMEOUT_S = 600.0
+"""Long enough to fetch a model."""
+STOP_TIMEOUT_S = 30.0
+READY = "ready"
+
+
+class ServerLostError(OSError):
+    """The server did not come to be ready; the text is the last that it said."""
+
+
+@contextmanager
+def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
+    """Serve `model` and give its URL; `say` gets what the server says while it starts.
+
+    Raises ServerLostError. It runs in a session of its own, so that Ctrl-C does not reach it.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-m", "headrace", "serve", model, "--port", "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield _wait_ready(server, say)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_ready(server: subprocess.Popen[str], say: Callable[[str], None]) -> str:
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def listen() -> None:
+        for line in server.stderr or ():  # to the very end, so that the server never waits for a reader
+            said.put(line.strip())
+        said.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    last = "it said nothing"
+    while True:
+        try:
+            line = said.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise ServerLostError(
+                f"the server was not ready within {START_TIMEOUT_S:g} s; at last: {last}"
+            ) from None
+        if line is None:
+            raise ServerLostError(f"the server did not start: {last}")
+        if line.startswith(READY):
+            return line.rpartition(" ")[2]
+        if line:
+            last = line.removeprefix("headrace: error: ")
+            say(line)
