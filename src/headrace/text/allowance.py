@@ -4,7 +4,7 @@ In: the values that a template makes and the work it asks for. Out: nothing, or 
 is passed. The unit is a character copied; everything else is priced in it. No clock is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
@@ -27,41 +27,24 @@ _CONTAINERS: Final = (list, tuple, dict, set, frozenset)
 
 
 class Budget:
-    """What one rendering may still spend, and the sizes of the containers that it was given."""
+    """What one rendering may still spend."""
 
     def __init__(self) -> None:
-        self.left = MAX_WORK
-        self.known: dict[int, int] = {}
+        self._left = MAX_WORK
 
     def spend(self, characters: int) -> None:
-        self.left -= STEP_WORK + characters
-        if self.left < 0:
+        self._left -= STEP_WORK + characters
+        if self._left < 0:
             raise SecurityError(f"it does more than the work of copying {MAX_WORK} characters")
-
-    def learn(self, value: Any) -> int:
-        """Size of an input with everything inside it, remembered for each container in it: inputs outlive the
-        rendering and do not change, and templates ask for the length of the conversation at every turn."""
-        if isinstance(value, dict):
-            size = 1 + sum(map(self.learn, value)) + sum(map(self.learn, value.values()))
-        elif isinstance(value, list | tuple):
-            size = 1 + sum(map(self.learn, value))
-        else:
-            return len(value) if isinstance(value, str) else 1
-        self.known[id(value)] = size
-        return size
 
 
 _budget: ContextVar[Budget] = ContextVar("template budget")
 
 
 @contextmanager
-def budget(inputs: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """One rendering's allowance; whatever the environment does inside is paid from it. `inputs` are the
-    variables that the template will be given."""
-    allowance = Budget()
-    for value in (inputs or {}).values():
-        allowance.learn(value)
-    token = _budget.set(allowance)
+def budget() -> Iterator[None]:
+    """One rendering's allowance; whatever the environment does inside is paid from it."""
+    token = _budget.set(Budget())
     try:
         yield
     finally:
@@ -83,7 +66,6 @@ def size_of(value: Any) -> int:
         return 1
     if not isinstance(value, _CONTAINERS):
         return 1
-    known = _budget.get().known
     parts = size = 0
     waiting: list[Any] = [value]
     while waiting:
@@ -91,8 +73,6 @@ def size_of(value: Any) -> int:
         parts += 1
         if isinstance(part, str | bytes):
             size += len(part)
-        elif id(part) in known:
-            size += known[id(part)]
         elif isinstance(part, _CONTAINERS):
             waiting.extend(part)
             if isinstance(part, dict):
@@ -121,3 +101,12 @@ def announce(characters: int) -> None:
     if characters > MAX_CHARACTERS:
         raise SecurityError(f"it would make a text of {characters} characters, the limit is {MAX_CHARACTERS}")
     pay(characters)
+
+
+def joined_lists(left: list[Any], right: list[Any]) -> list[Any]:
+    """The two lists in one, for the price of its length."""
+    length = len(left) + len(right)
+    if length > MAX_PARTS:
+        raise SecurityError(f"it makes a list of {length} values, the limit is {MAX_PARTS}")
+    pay(length)
+    return left + right

@@ -85,7 +85,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with budget(variables):
+            with budget():
                 return str(self._template.render(variables))
         except _RefusedError as refusal:
             raise TemplateError(str(refusal), field="messages") from None

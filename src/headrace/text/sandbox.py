@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from .allowance import MAX_INTEGER_BITS, STEP_WORK, announce, checked, length_of, pay, size_of
+from .allowance import MAX_INTEGER_BITS, STEP_WORK, announce, checked, joined_lists, length_of, pay, size_of
 
 MAX_COUNT: Final = 10_000
 """Largest count that may be given to a filter that makes output in proportion to it."""
@@ -57,13 +57,11 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self, globals: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]) -> None:
-        # Unoptimised: constants would be folded while compiling, where operators are not intercepted.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, loopcontrols],
             finalize=checked,
-            optimized=False,
         )
         kept: dict[str, Callable[..., Any]] = {name: self.filters[name] for name in _FILTERS}
         kept |= {"sum": _sum, **filters}
@@ -93,6 +91,9 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
             announce(_product(left, right))
         elif operator == "**":
             _check_power(left, right)
+        elif operator == "+" and isinstance(left, list) and isinstance(right, list):
+            # Templates gather messages one by one this way: what is in them is paid for when it is looked at.
+            return joined_lists(left, right)
         elif operator == "+":
             announce(size_of(left) + size_of(right))
         return checked(super().call_binop(context, operator, left, right))
