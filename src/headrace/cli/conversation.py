@@ -45,7 +45,7 @@ class Conversation:
         path.write_bytes(msgspec.json.format(content, indent=1) + b"\n")
 
     def load(self, path: Path) -> None:
-        """Replace what was said and the system prompt. Raises OSError; ValueError for another kind of file."""
+        """Replace what was said and the system prompt. Raises OSError; ValueError for another file."""
         try:
             found = msgspec.json.decode(path.read_bytes(), type=_File)
         except msgspec.DecodeError as error:
