@@ -100,7 +100,24 @@ Tools: {% for tool in tools %}{{ signature(tool) }}
 {{ [3, 1, 2] | sort | first }} {{ [1, 2, 3] | sum }} {{ range(4) | list }}
 """
 
-TEMPLATES = {"turns": TURNS, "tool use": TOOL_USE, "text only": "no messages at all\n", "empty": ""}
+BLOCKS = """start
+  {% for m in messages %}
+    {{ m.role }}:
+      {% if m.content %}
+      {{- m.content }}
+      {% endif %}
+  {# a comment #}
+  {% endfor %}
+end
+"""
+
+TEMPLATES = {
+    "blocks": BLOCKS,
+    "turns": TURNS,
+    "tool use": TOOL_USE,
+    "text only": "no messages at all\n",
+    "empty": "",
+}
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
