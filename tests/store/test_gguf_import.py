@@ -260,6 +260,7 @@ REFUSED = {
     "experts": ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count = 8"),
     "rope scaling": ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "'longrope'"),
     "partial rotary": ({"metadata": {"llama.rope.dimension_count": 32}}, "rope.dimension_count is 32"),
+    "a piece": ({"metadata": {"split.count": 3}}, "one of 3 pieces"),
     "no heads": ({"metadata": {"llama.attention.head_count": None}}, "head_count is None"),
     "text for a number": ({"metadata": {"llama.block_count": "two"}}, "block_count is 'two'"),
     "tokenizer kind": ({"metadata": {"tokenizer.ggml.model": "bert"}}, "'bert' tokenizer"),

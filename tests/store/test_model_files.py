@@ -72,6 +72,11 @@ def test_shards_without_an_index_are_taken_together(model: Path) -> None:
     assert sorted(open_model(model).tensors) == names
 
 
+def test_a_second_copy_beside_the_weights_is_left_alone(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    assert open_model(model).weights == (model / "model.safetensors",)
+
+
 def test_end_tokens_are_the_generation_configs_before_the_configs(model: Path) -> None:
     change(model / "generation_config.json", eos_token_id=[5, 6])
     assert open_model(model).eos_token_ids == (5, 6)

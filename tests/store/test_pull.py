@@ -70,7 +70,7 @@ def test_a_pulled_model_is_whole_and_stays(index: Path) -> None:
         path.unlink()
     again = Heard()
     assert resolve("tiny", again).revision == model.revision and again.stages == []
-    assert not [path for path in models_dir().iterdir() if path.name.startswith(".download")]
+    assert not list(model.directory.glob("download-*"))
 
 
 def test_other_bytes_under_the_name_are_refused(index: Path) -> None:

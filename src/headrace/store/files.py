@@ -149,7 +149,7 @@ def _check_token_ids(directory: Path, *configs: Mapping[str, Any]) -> None:
 
 
 def _weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files: those that the index names, else all there are."""
+    """The safetensors files: those that the index names, else model.safetensors, else all there are."""
     weight_map = _weight_map(directory)
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
@@ -159,6 +159,8 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
                 f"{directory} lacks {', '.join(missing)}, which {_INDEX} names; download it again"
             )
         return tuple(directory / name for name in names)
+    if (directory / "model.safetensors").is_file():
+        return (directory / "model.safetensors",)
     found = tuple(sorted(directory.glob("*.safetensors")))
     if found:
         return found

@@ -138,6 +138,12 @@ class _Keys:
             raise UnsupportedModelError(
                 f"{file.path} holds architecture {architecture!r}; read are {', '.join(ARCHITECTURES)}"
             )
+        pieces = file.metadata.get("split.count", 1)
+        if pieces != 1:
+            raise UnsupportedModelError(
+                f"{file.path} is one of {pieces} pieces of a model; join them with llama.cpp's "
+                "llama-gguf-split --merge and import the result"
+            )
         self.architecture: str = architecture
         self._file = file
 

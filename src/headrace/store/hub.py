@@ -9,6 +9,8 @@ from typing import Final
 
 from .errors import DownloadError
 
+IGNORED: Final = ["*/*", "consolidated*"]
+"""Folders hold other formats of the same weights, and so do Mistral's consolidated files."""
 ALLOWED: Final = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -18,7 +20,7 @@ def fetch(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=ALLOWED))
+        return Path(snapshot_download(repository, allow_patterns=ALLOWED, ignore_patterns=IGNORED))
     except HFValidationError as error:
         raise DownloadError(f"{repository!r} is not the id of a model on the hub: {error}") from error
     except LocalEntryNotFoundError as error:
