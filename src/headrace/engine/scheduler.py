@@ -150,10 +150,9 @@ class Scheduler:
         for i, (row, sequence) in enumerate(zip(plan.rows, self._submitted.pop(plan.number), strict=True)):
             sequence.in_flight -= 1
             sequence.pending -= row.sample
-            if sequence.state is State.RUNNING:
+            if sequence.state is not State.ENDED:  # what was preempted meanwhile finds its blocks again
                 sequence.computed += row.count
                 self.cache.advance(sequence)
-            if sequence.state is not State.ENDED:
                 self._take_result(sequence, i, result)
             if self._draining and sequence.in_flight == 0 and sequence in self._draining:
                 self._give_back(sequence)
