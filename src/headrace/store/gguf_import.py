@@ -40,7 +40,7 @@ def convert_gguf(source: Path, directory: Path, origin: dict[str, Any], progress
     need = total + _SPARE_BYTES
     if free < need:
         raise DownloadError(
-            f"{source.name} takes {need / 1e6:.0f} MB when converted, {free / 1e6:.0f} MB are free "
+            f"the model in {source.name} takes {need / 1e6:.0f} MB when converted, {free / 1e6:.0f} MB are free "
             f"under {directory.parent}; free some, or set HEADRACE_HOME to a larger disk"
         )
     tokenizer = tokenizer_of(file)
