@@ -21,7 +21,6 @@ from headrace.world.launcher import Launcher, Process
 @dataclass
 class SimProcess(Process):
     task: asyncio.Task[None]
-    killed: Callable[[], None]
 
     async def wait(self) -> str:
         await asyncio.wait({self.task})
@@ -29,9 +28,8 @@ class SimProcess(Process):
 
     async def kill(self) -> None:
         if not self.task.done():
-            self.killed()
             self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        await asyncio.wait({self.task})
 
 
 @dataclass
@@ -48,7 +46,7 @@ class SimLauncher(Launcher):
         network = self.simulation.network
         network.host("worker")
         task = asyncio.create_task(self.life(self.simulation, address, len(self.started_s)))
-        process = SimProcess(task, lambda: None)
+        process = SimProcess(task)
         self.processes.append(process)
         return process
 
@@ -181,6 +179,25 @@ def test_a_process_that_lost_its_connection_and_does_not_leave_is_killed() -> No
         assert launcher.processes[0].task.cancelled()
 
     supervised(lingers, body)
+
+
+def test_who_is_cancelled_while_killing_kills_to_the_end() -> None:
+    async def refuses_and_lingers(simulation: Simulation, address: str, number: int) -> None:
+        await report_start_failure(simulation.world("worker"), address, "no weights")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(1)  # a kernel takes a moment to end a process
+
+    async def body(gateway: Gateway, launcher: SimLauncher, supervisor: asyncio.Task[None]) -> None:
+        with pytest.raises(StartFailedError):
+            await gateway.wait_ready()
+        await asyncio.sleep(0.01)  # the supervisor is at it
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
+        assert launcher.processes[0].task.done()
+
+    supervised(refuses_and_lingers, body)
 
 
 def test_after_a_drain_nothing_is_started() -> None:

@@ -8,7 +8,8 @@ each loss in quick succession.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from headrace.cluster.gateway import Gateway, GatewayState
 from headrace.world import World
@@ -61,7 +62,7 @@ class Supervisor:
             try:
                 served_s, how = await self._watch(process)
             finally:
-                await process.kill()
+                await _to_the_end(process.kill())
             if self._gateway.state is GatewayState.DRAINING:
                 return
             served = served or served_s is not None
@@ -98,3 +99,13 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` even if cancelled meanwhile; the cancellation is raised after it."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
