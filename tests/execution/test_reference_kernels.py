@@ -20,8 +20,9 @@ BOTH = pytest.mark.parametrize("kernels", [FLOAT32, INVARIANT], ids=["free", "in
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _one_thread() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads that wait for each other at operations this small only cost time
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -241,6 +242,16 @@ def test_rows_have_the_same_bits_alone_and_together(dtype: torch.dtype) -> None:
         assert torch.equal(block(x[begin:end]), together[begin:end]), f"rows {begin}:{end}"
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_an_activation_that_two_threads_share_has_the_bits_of_each_row_alone(activation: str) -> None:
+    """Torch would cut 701 rows of 61 in the middle of row 350, and round that row's elements another way."""
+    kernels = TorchKernels(dtype=torch.float32, batch_invariant=True, threads=2)
+    gate_up = 3 * torch.randn(701, 2 * 61)
+    together = kernels.gated_activation(gate_up, activation)
+    alone = [kernels.gated_activation(row[None], activation) for row in gate_up]
+    assert torch.equal(torch.cat(alone), together)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_has_the_same_bits_however_it_is_cut(variant: str, dtype: torch.dtype) -> None:
@@ -266,6 +277,13 @@ def test_time_in_kernels_is_counted() -> None:
     once = kernels.busy_s
     kernels.linear(torch.randn(64, 64), packed)
     assert 0 < once < kernels.busy_s
+
+
+def test_numerics_name_what_decides_the_bits() -> None:
+    one = TorchKernels(dtype=torch.float32, threads=1).numerics
+    two = TorchKernels(dtype=torch.float32, threads=2).numerics
+    assert one != two
+    assert torch.backends.cpu.get_cpu_capability().lower() in one
 
 
 def test_other_precisions_are_refused() -> None:

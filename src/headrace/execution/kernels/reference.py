@@ -15,9 +15,12 @@ absolute positions.
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -79,6 +82,12 @@ class TorchKernels(Kernels):
         self.dtype = dtype
         self.batch_invariant = batch_invariant
         self._busy_s = 0.0
+
+    @property
+    def numerics(self) -> str:
+        # torch's libraries choose their loops by the processor, and split sums by the number of threads.
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        return f"{self.name}-{_processor()}-{capability}-{torch.get_num_threads()}-threads"
 
     @property
     def busy_s(self) -> float:
@@ -225,6 +234,16 @@ class TorchKernels(Kernels):
         if not self.batch_invariant or x.shape[0] == 0:
             return function(x)
         return torch.stack([function(row.contiguous()) for row in x])
+
+
+@cache
+def _processor() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return "-".join(line.partition(":")[2].split())
+    return platform.machine()
 
 
 def _aligned(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
