@@ -30,6 +30,8 @@ class SimProcess(Process):
         if not self.task.done():
             self.task.cancel()
         await asyncio.wait({self.task})
+        if not self.task.cancelled():
+            self.task.exception()  # how it died is of no interest
 
 
 @dataclass
