@@ -185,8 +185,8 @@ def test_a_process_that_lost_its_connection_and_does_not_leave_is_killed() -> No
 
 def test_who_is_cancelled_while_killing_kills_to_the_end() -> None:
     async def refuses_and_lingers(simulation: Simulation, address: str, number: int) -> None:
-        await report_start_failure(simulation.world("worker"), address, "no weights")
         try:
+            await report_start_failure(simulation.world("worker"), address, "no weights")
             await asyncio.Event().wait()
         finally:
             await asyncio.sleep(1)  # a kernel takes a moment to end a process
