@@ -40,8 +40,8 @@ def convert_gguf(source: Path, directory: Path, origin: dict[str, Any], progress
     need = total + _SPARE_BYTES
     if free < need:
         raise DownloadError(
-            f"the model in {source.name} takes {need / 1e6:.0f} MB when converted, {free / 1e6:.0f} MB are free "
-            f"under {directory.parent}; free some, or set HEADRACE_HOME to a larger disk"
+            f"the model in {source.name} takes {need / 1e6:.0f} MB when converted, {free / 1e6:.0f} MB are "
+            f"free under {directory.parent}; free some, or set HEADRACE_HOME to a larger disk"
         )
     tokenizer = tokenizer_of(file)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
