@@ -264,6 +264,28 @@ def test_an_engines_latencies_are_its_steps() -> None:
     assert it.elapsed_s == pytest.approx(0.21)
 
 
+def test_what_takes_the_place_of_an_ended_request_is_in_the_very_next_step() -> None:
+    steps = itertools.count()
+
+    def build() -> EngineTarget:
+        target = engine_target()
+        submit = target._engine.executor.submit
+
+        def counted(plan):  # type: ignore[no-untyped-def]
+            next(steps)
+            return submit(plan)
+
+        target._engine.executor.submit = counted  # type: ignore[method-assign]
+        return target
+
+    workload = RandomWorkload(0, Form.TOKENS, Lengths(4), Lengths(8, 0.5), Vocabulary(1000))
+    it = simulate(build, workload, Load(None, concurrency=3, requests=30))
+    free_at = [0, 0, 0]  # in steps: each request takes as many as it has tokens
+    for record in it.records:
+        free_at[free_at.index(min(free_at))] += record.output_tokens
+    assert next(steps) <= max(free_at) + 2
+
+
 def test_a_request_due_during_a_step_counts_from_when_it_was_due() -> None:
     it = simulate(
         lambda: engine_target(step_s=0.01),

@@ -216,6 +216,7 @@ def test_a_terminal() -> None:
         assert kept.startswith("You forever and on and on")
         screen.type("\x03")
         screen.until("Ctrl-D leaves")
+        screen.until("> ")
         screen.type("\x04")
         assert screen.process.wait(10) == 0
 

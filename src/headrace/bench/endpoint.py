@@ -113,7 +113,7 @@ class EndpointTarget(Target):
         temperature: float = 0.0,
         ignore_eos: bool = True,
         extra: Mapping[str, object] | None = None,
-        token_ids: bool = False,
+        token_ids: bool,
     ) -> None:
         """`extra` is merged into every body, None removes a field. `token_ids` asks the server for the ids
         it chose (`return_token_ids`, as vLLM has it).
