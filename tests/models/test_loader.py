@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headrace.execution.kernels.reference import TorchKernels
+from headrace.kernels.reference import TorchKernels
 from headrace.models import KVGroup, UnsupportedModelError, kv_groups, load_decoder, read_config
 from headrace.models.families import WeightNames
 from headrace.models.loader import layer_parts
@@ -177,7 +177,7 @@ def _project(whole: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 _MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from headrace.execution.kernels.reference import TorchKernels
+from headrace.kernels.reference import TorchKernels
 from headrace.models import load_decoder
 
 def anonymous_bytes(field):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.execution.batch import Batch
-from headrace.execution.kernels.base import Kernels
-from headrace.execution.kernels.reference import TorchKernels
+from headrace.kernels.base import Kernels
+from headrace.kernels.batch import Batch
+from headrace.kernels.reference import TorchKernels
 from headrace.models.decoder import Decoder
 from headrace.models.kv_groups import kv_groups
 
@@ -27,9 +27,9 @@ def make_kernels(
     """
     if library == "reference":
         return TorchKernels(dtype=dtype, batch_invariant=batch_invariant, threads=threads)
-    for module in ("headrace._native", "headrace.execution.kernels.native"):
+    for module in ("headrace._native", "headrace.kernels.native"):
         pytest.importorskip(module, reason=f"the native kernels are not built: no {module}")
-    from headrace.execution.kernels.native import NativeKernels
+    from headrace.kernels.native import NativeKernels
 
     return NativeKernels(dtype=dtype, batch_invariant=batch_invariant, threads=threads)
 

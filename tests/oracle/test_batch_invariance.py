@@ -15,11 +15,11 @@ from random_models import make
 
 from headrace.engine import Engine, GroupSpec, KVCache, Scheduler, SchedulerConfig
 from headrace.execution import runner
-from headrace.execution.kernels.base import Kernels
-from headrace.execution.kernels.native import NativeKernels
-from headrace.execution.kernels.reference import TorchKernels
 from headrace.execution.sampler import RowSampler
 from headrace.execution.selftest import NotBatchInvariant, check_batch_invariance
+from headrace.kernels.base import Kernels
+from headrace.kernels.native import NativeKernels
+from headrace.kernels.reference import TorchKernels
 from headrace.models.decoder import Decoder
 from headrace.models.kv_groups import kv_groups
 from headrace.models.loader import load_decoder

@@ -15,7 +15,7 @@ from paged import LIBRARIES, PagedRun, make_kernels
 from record_greedy import fixture_path
 from torch import Tensor
 
-from headrace.execution.kernels.base import Kernels
+from headrace.kernels.base import Kernels
 from headrace.models import load_decoder
 
 # In nats. Both kernel libraries measure a mean of 2e-4, a largest of 5e-3, and an agreement of 0.995.

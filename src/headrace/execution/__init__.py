@@ -1,1 +1,1 @@
-"""Runs step plans on torch: kernels, the batch a step computes, sampling, the executor."""
+"""Runs step plans on torch: the executor, sampling, and the building of an engine from its options."""

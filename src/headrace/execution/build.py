@@ -14,10 +14,10 @@ import torch
 
 from headrace.config.engine import EngineOptions
 from headrace.engine import Engine, GroupSpec, KVCache, Scheduler, SchedulerConfig
-from headrace.execution.kernels import Kernels
-from headrace.execution.kernels.choose import choose_kernels
 from headrace.execution.runner import TorchExecutor
 from headrace.execution.selftest import check_batch_invariance
+from headrace.kernels import Kernels
+from headrace.kernels.choose import choose_kernels
 from headrace.models.families import read_config
 from headrace.models.kv_groups import KVGroup, kv_groups
 from headrace.models.loader import load_decoder

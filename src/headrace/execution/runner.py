@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
-from headrace.execution.batch import Batch
 from headrace.execution.sampler import RowSampler, token_logprobs
+from headrace.kernels.batch import Batch
 from headrace.models.decoder import Decoder
 from headrace.protocol.requests import TokenLogprobs
 

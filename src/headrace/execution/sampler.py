@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.engine.plan import RowStart
-from headrace.execution.gumbel import gumbel_noise
+from headrace.kernels.gumbel import gumbel_noise
 from headrace.protocol.requests import TokenLogprobs
 
 Row = npt.NDArray[np.float32]

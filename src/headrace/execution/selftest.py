@@ -12,7 +12,7 @@ from itertools import count
 
 import torch
 
-from headrace.execution.batch import Batch
+from headrace.kernels.batch import Batch
 from headrace.models.decoder import Decoder
 
 _LENGTH = 70  # positions of the probe: more than a key tile, not a multiple of anything

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.execution.batch import Batch
-from headrace.execution.kernels.base import AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.batch import Batch
 from headrace.models.config import ModelConfig
 from headrace.models.kv_groups import KVGroup
 

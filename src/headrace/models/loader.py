@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headrace.execution.kernels.base import AttentionSpec, Kernels, Linear
+from headrace.kernels.base import AttentionSpec, Kernels, Linear
 from headrace.models.config import ModelConfig, Rotary, UnsupportedModelError
 from headrace.models.decoder import Decoder, DecoderLayer
 from headrace.models.families import WeightNames, find_family, read_config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from headrace.execution import gumbel
+from headrace.kernels import gumbel
 
 IDS = np.arange(50_000)
 needs_native = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.execution.batch import Batch
-from headrace.execution.kernels import AttentionSpec, KVCacheLayer
-from headrace.execution.kernels.reference import TorchKernels
+from headrace.kernels import AttentionSpec, KVCacheLayer
+from headrace.kernels.batch import Batch
+from headrace.kernels.reference import TorchKernels
 
 FLOAT32 = TorchKernels(dtype=torch.float32)
 INVARIANT = TorchKernels(dtype=torch.float32, batch_invariant=True)

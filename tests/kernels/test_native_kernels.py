@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.execution.batch import Batch
-from headrace.execution.kernels import Activation, AttentionSpec, KVCacheLayer
+from headrace.kernels import Activation, AttentionSpec, KVCacheLayer
+from headrace.kernels.batch import Batch
 
 native = pytest.importorskip(
     "headrace._native", reason="the native kernels are not built: no C++ compiler when headrace was installed"
 )
-from headrace.execution.kernels.native import NativeKernels  # noqa: E402
+from headrace.kernels.native import NativeKernels  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 KERNELS = {F32: NativeKernels(dtype=F32), BF16: NativeKernels(dtype=BF16)}
@@ -395,7 +395,7 @@ def test_pages_that_are_not_the_pools_are_refused() -> None:
 def test_the_pool_survives_a_fork() -> None:
     program = """
 import os, torch
-from headrace.execution.kernels.native import NativeKernels
+from headrace.kernels.native import NativeKernels
 kernels = NativeKernels(dtype=torch.float32, threads=3)
 packed, x = kernels.pack_linear(torch.randn(640, 64), None), torch.randn(40, 64)
 before = kernels.linear(x, packed)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.execution.batch import Batch
+from headrace.kernels.batch import Batch
 
 Activation = Literal["silu", "gelu_tanh"]
 

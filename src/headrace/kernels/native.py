@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from headrace import _native
-from headrace.execution.batch import Batch
-from headrace.execution.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.batch import Batch
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ADD = 2

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.execution.batch import Batch
-from headrace.execution.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.batch import Batch
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from headrace.config.engine import Dtype, KernelLibrary
-from headrace.execution.kernels.base import Kernels
+from headrace.kernels.base import Kernels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -31,13 +31,13 @@ def choose_kernels(
             "headrace again, or choose --kernels reference"
         )
     if library == "reference" or not built:
-        from headrace.execution.kernels.reference import TorchKernels
+        from headrace.kernels.reference import TorchKernels
 
         chosen = torch.float32 if dtype == "auto" else _DTYPES[dtype]
         kernels: Kernels = TorchKernels(dtype=chosen, batch_invariant=batch_invariant, threads=threads)
         return kernels, f"{_name(chosen)}, reference kernels in torch: slow, for comparison"
 
-    from headrace.execution.kernels.native import NativeKernels, multiplies_bfloat16
+    from headrace.kernels.native import NativeKernels, multiplies_bfloat16
 
     chosen = _DTYPES.get(dtype, torch.bfloat16 if multiplies_bfloat16() else torch.float32)
     native = NativeKernels(dtype=chosen, batch_invariant=batch_invariant, threads=threads)
