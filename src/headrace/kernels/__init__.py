@@ -1,4 +1,4 @@
-"""The operations of a decoder behind one interface, the batch they work on, and the libraries that implement it."""
+"""The operations of a decoder behind one interface, the batch they work on, and their implementations."""
 
 from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
 
