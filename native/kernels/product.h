@@ -49,14 +49,16 @@ HEADRACE_INLINE void multiply(Float16 (&sum)[kRows][kVectors], const T* a, ptrdi
   }
 }
 
-// How many rows share one reading of B: as many as the registers of the level hold two vectors for.
+// How many rows share one reading of B: as many as the registers hold two vectors of sums for.
 #if defined(__AVX512F__)
-constexpr int kRowTile = 8;
+constexpr int kRowTile = 12;
+#elif defined(__AVX2__)
+constexpr int kRowTile = 3;
 #else
 constexpr int kRowTile = 2;
 #endif
 
-// Calls body(std::integral_constant-like tag, first row) for `rows` rows in tiles of at most kRowTile.
+// A number of rows as a type.
 template <int kRows>
 struct Rows {
   static constexpr int count = kRows;
@@ -72,6 +74,7 @@ HEADRACE_INLINE void last_rows(int64_t first, int64_t rows, Body& body) {
   }
 }
 
+// Calls body(Rows<n>{}, first row) for `rows` rows in tiles of at most kRowTile.
 template <class Body>
 HEADRACE_INLINE void in_row_tiles(int64_t rows, Body body) {
   int64_t first = 0;

@@ -50,7 +50,7 @@ struct Int16 {
 
 HEADRACE_INLINE Float16 broadcast(float value) {
   Float16 r;
-  HEADRACE_EACH r.part[i] = NativeFloat{} + value;
+  HEADRACE_EACH r.part[i] = value - NativeFloat{};  // not "+": that would turn -0 into 0, and cost an addition
   return r;
 }
 HEADRACE_INLINE Int16 broadcast(int32_t value) {
