@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "api"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
+from api_house import TEMPLATE, byte_tokenizer
 from house import EngineShape
 
 from headrace.bench.arrivals import Rate, arrivals
@@ -30,6 +32,7 @@ from headrace.bench.workload import (
     generator,
 )
 from headrace.sim import Simulation, run
+from headrace.text import ChatTemplate
 
 
 def now() -> float:
@@ -363,3 +366,28 @@ def test_an_engine_that_fails_ends_its_requests() -> None:
         simulate(build, engine_workload(10, 100), Load(None, concurrency=2, requests=5), keep)
     kinds = [record.failure.kind for record in runs[0].records if record.failure]
     assert kinds == [FailureKind.DISCONNECTED] * 2 + [FailureKind.CONNECT] * 3
+
+
+def test_an_engine_goes_on_from_the_text_of_its_own_answers() -> None:
+    tokenizer = byte_tokenizer()
+    turns: list[Turn] = []
+
+    class Watched(EngineTarget):
+        async def send(self, turn: Turn, record: Record) -> Answer:
+            turns.append(turn)
+            answer = await super().send(turn, record)
+            assert answer.text == tokenizer.decode(answer.token_ids or [])
+            return answer
+
+    def build() -> EngineTarget:
+        engine, _ = EngineShape(max_model_len=4096, num_blocks=2000).build()
+        template = ChatTemplate(TEMPLATE, {})
+        return Watched(engine, "hash", tokenizer=tokenizer, chat_template=template, now=now)
+
+    chat = ConversationWorkload(0, Form.MESSAGES, Lengths(4), Lengths(6), 2, 0.0)
+    it = simulate(build, chat, Load(None, concurrency=1, requests=2))
+    assert all(record.completed for record in it.records)
+    said = turns[1].messages or []
+    assert [message["role"] for message in said] == ["user", "assistant", "user"]
+    assert len(str(said[1]["content"])) >= 6
+    assert (it.records[1].cached_tokens or 0) >= (it.records[0].input_tokens or 0) - 4

@@ -41,7 +41,7 @@ def record(
 
 
 def summary(records: list[Record], duration_s: float = 10.0, objectives: Objectives | None = None) -> Summary:
-    context = Context("t", "w", "l", 0, "2026-01-01T00:00:00+00:00", True, objectives)
+    context = Context("t", "w", "l", 0, "2026-01-01T00:00:00+00:00", True, True, objectives)
     return summarise(records, context, duration_s=duration_s, cpu_s=0.5, most_running=3)
 
 

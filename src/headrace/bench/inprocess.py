@@ -53,6 +53,7 @@ class EngineTarget(Target):
     ) -> None:
         """`tokenizer` and `chat_template` are for workloads of text and of messages."""
         self.name = f"{name} in this process"
+        self.sends = False
         self._engine = engine
         self._tokenizer = tokenizer
         self._chat_template = chat_template
@@ -91,7 +92,10 @@ class EngineTarget(Target):
         finally:
             if self._open.pop(request_id, None) is not None:
                 self._engine.cancel(request_id)
-        return Answer(token_ids=entry.token_ids)
+        # only a chat goes on from text; decoding would be work beside the engine's
+        if turn.messages is None or self._tokenizer is None:
+            return Answer(token_ids=entry.token_ids)
+        return Answer(self._tokenizer.decode(entry.token_ids), entry.token_ids)
 
     async def close(self) -> None:
         """Stop stepping. Raises what the engine raised."""

@@ -106,7 +106,7 @@ class GeneratorCost(msgspec.Struct, frozen=True):
     cpu_per_chunk_s: float
     """All of its processor time over all chunks of all requests."""
     lag_s: Distribution | None
-    """Between when a request should have been handed to the socket and when it was."""
+    """Between when a request should have been handed to the socket and when it was; None in one process."""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +166,8 @@ class Context:
     date: str
     scheduled: bool
     """Whether requests were due at times of their own."""
+    sends: bool = True
+    """Whether sending can be late; see `Target.sends`."""
     objectives: Objectives | None = None
 
 
@@ -228,7 +230,7 @@ def summarise(
             core_share=_per(cpu_s, duration_s),
             cpu_per_request_s=_per(cpu_s, len(records)),
             cpu_per_chunk_s=_per(cpu_s, chunks),
-            lag_s=_distribution(record.lag_s for record in records),
+            lag_s=_distribution(record.lag_s for record in records) if context.sends else None,
         ),
         notes=list(notes),
     )

@@ -41,6 +41,10 @@ class Target(ABC):
 
     name: str
     """Where and what, for the report."""
+    sends: bool = True
+    """Whether requests leave this process, so that sending can be late; else they count from when they are
+    due.
+    """
     served_cpu_s: float = 0.0
     """Processor time that serving has taken in this very process, in seconds: not the generator's cost."""
 

@@ -239,8 +239,16 @@ def bench(
                 run = await _run(target, workload, load)
             finally:
                 await target.close()
-            scheduled = load.due is not None
-            context = Context(target.name, workload.description, words, seed, date, scheduled, objectives)
+            context = Context(
+                target=target.name,
+                workload=workload.description,
+                load=words,
+                seed=seed,
+                date=date,
+                scheduled=load.due is not None,
+                sends=target.sends,
+                objectives=objectives,
+            )
             return run, context
 
         run, context = uvloop.run(measure())
