@@ -249,6 +249,11 @@ REFUSED = {
     "partial rotary": (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "interleaved": (LLAMA, {"rope_interleaved": True}, "rope_interleaved"),
     "llama window": (LLAMA, {"sliding_window": 128}, "sliding_window is 128"),
+    "llama layer types": (
+        LLAMA,
+        {"layer_types": ["sliding_attention"] * 8},
+        "layer_types is 'sliding_attention'",
+    ),
     "mistral bias": (MISTRAL, {"attention_bias": True}, "attention_bias is True"),
     "mistral kv heads": (MISTRAL, {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
     "mistral alternating": (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paged import LIBRARIES, PagedRun, make_kernels, run_chunks, run_whole
 from random_models import MAX_LEN, MODELS, make
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.gemma3 import modeling_gemma3
@@ -59,6 +60,35 @@ def _expected(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
             for tokens in sequences
         ]
     return sequences, logits
+
+
+def test_multimodal_checkpoints_of_both_forms(tmp_path: Path) -> None:
+    """Older files put the language model's name first, newer ones inside of "model."."""
+    model = make("gemma3 multimodal")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    older, newer = "language_model.model.", "model.language_model."
+    forms = [
+        {
+            name.replace(newer, older).replace("model.vision", "vision"): each
+            for name, each in tensors.items()
+        },
+        {
+            name.replace(older, newer).replace("vision", "model.vision"): each
+            for name, each in tensors.items()
+        },
+    ]
+    tokens = torch.arange(20)
+    logits = []
+    for form in forms:
+        save_file(form, path)
+        decoder = load_decoder(tmp_path, make_kernels("reference"), MAX_LEN)
+        logits.append(run_whole(PagedRun(decoder, [tokens], block_size=16), [20])[0])
+    assert any(name.startswith(older) for name in forms[0]) and any(
+        name.startswith(newer) for name in forms[1]
+    )
+    assert torch.equal(*logits)
 
 
 @pytest.fixture(params=LIBRARIES)

@@ -39,8 +39,15 @@ def _read(fields: Fields, *, window: int | None, attention_bias: bool, mlp_bias:
 
 
 def _read_llama(fields: Fields) -> ModelConfig:
-    # Mistral checkpoints renamed to Llama keep the field; Llama's definition has no window.
+    # Checkpoints of other families that were renamed to Llama keep these; Llama's definition has no window.
     fields.refuse_unless("sliding_window", None)
+    slides = fields.layer_types(fields.integer("num_hidden_layers"))
+    require(
+        not slides or not any(slides),
+        "layer_types",
+        "sliding_attention",
+        "full_attention (Llama has no sliding layers)",
+    )
     return _read(
         fields,
         window=None,
