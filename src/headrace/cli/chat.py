@@ -64,7 +64,7 @@ def chat(
         if url is None and model is None:
             raise ValueError("give a MODEL to serve, or an address with --url")
         for signum in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, _leave)
+            stack.callback(signal.signal, signum, signal.signal(signum, _leave))
         screen = Screen()
         if url is None and model is not None:
             url = stack.enter_context(private_server(model, screen.note))
