@@ -7,16 +7,16 @@ each request must produce, which blocks it needs and what every identity stands 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from engine_scenarios import Arrive, Cancel, Scenario
+from engine_watch import WatchedScheduler, hold
 
-from headrace.engine import Engine, KVCache, Scheduler, SchedulerConfig, StepPlan
+from headrace.engine import Engine, KVCache, Scheduler
 from headrace.engine.blocks import BlockRemoved
-from headrace.engine.sequence import Sequence, State
+from headrace.engine.sequence import State
 from headrace.protocol.requests import (
     ErrorCode,
     Finish,
@@ -27,15 +27,6 @@ from headrace.protocol.requests import (
 )
 from headrace.sim.hash_executor import HashExecutor
 from headrace.sim.hash_model import Expected, HashModel, expected
-
-
-class Violation(AssertionError):
-    """A rule that did not hold."""
-
-
-def hold(rule: str, condition: object, *details: object) -> None:
-    if not condition:
-        raise Violation(f"{rule}: {', '.join(map(str, details))}")
 
 
 @dataclass
@@ -53,95 +44,6 @@ class Sample:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     outputs: int = 0
     ending: Finish | None = None
-
-
-class WatchedScheduler(Scheduler):
-    """Checks every plan as it is made."""
-
-    def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
-        super().__init__(config, cache)
-        self.tenant_of_block: dict[int, str] = {}
-        self.arrival: dict[str, int] = {}
-
-    def add(self, request: GenerateRequest) -> None:
-        self.arrival[request.request_id] = len(self.arrival)
-        super().add(request)
-
-    def urgency(self, sequence: Sequence) -> tuple[int, int, int]:
-        """Who goes first: the more urgent, then the earlier, then the first sample."""
-        request = sequence.request
-        return request.priority, self.arrival[request.request_id], sequence.index
-
-    def schedule(self) -> StepPlan | None:
-        before = [s for s in self.sequences() if not s.in_flight or s.state is State.RUNNING]
-        running_before = {s for s in before if s.state is State.RUNNING}
-        urgent = min((s.request.priority for s in before if s.state is State.WAITING), default=math.inf)
-        plan = super().schedule()
-        sequences = list(self.sequences())
-        self._check_order(sequences, running_before)
-        self._check_progress(sequences, plan)
-        if plan is not None:
-            by_row = {s.row: s for s in sequences if s.row is not None}
-            lost = [row for row in plan.rows if row.row not in by_row]
-            hold("a row that runs is somebody's", not lost, lost)
-            self._check_plan(plan, by_row)
-            for row in plan.rows:
-                sequence = by_row[row.row]
-                yields = (
-                    row.count == 1 or sequence.request.priority <= urgent or sequence not in running_before
-                )
-                hold("a chunk yields to one more urgent that waits", yields, sequence.rank, row)
-        return plan
-
-    def _check_order(self, sequences: list[Sequence], running_before: set[Sequence]) -> None:
-        started = [s for s in sequences if s.state is State.RUNNING and s not in running_before]
-        waiting = [s for s in sequences if s.state is State.WAITING]
-        for s in started:
-            passed = [w.rank for w in waiting if self.urgency(w) < self.urgency(s)]
-            hold("nobody starts while one who goes first waits", not passed, s.rank, passed)
-        for s in running_before:
-            if s.state is State.WAITING:
-                running = [r for r in sequences if r.state is State.RUNNING]
-                kept = [r.rank for r in running if self.urgency(r) > self.urgency(s)]
-                hold("the last of the running is preempted", not kept, s.rank, kept)
-
-    def _check_progress(self, sequences: list[Sequence], plan: StepPlan | None) -> None:
-        rows = {row.row for row in plan.rows} if plan is not None else set()
-        for s in sequences:
-            if s.state is State.RUNNING and s.row not in rows:
-                last = min(len(s.request.prompt) + s.params.max_tokens, self.config.max_model_len) - 1
-                waits = s.scheduled >= min(len(s.tokens) + s.pending, last)
-                short = self.cache.room(s) <= s.scheduled
-                hold("a running sequence advances unless blocks lack", waits or short, s.rank)
-
-    def _check_plan(self, plan: StepPlan, by_row: dict[int | None, Sequence]) -> None:
-        budget, rows = self.config.max_num_batched_tokens, [row.row for row in plan.rows]
-        hold("the budget is kept", plan.tokens <= budget, plan.tokens, budget)
-        hold("a row runs once in a plan", len(set(rows)) == len(rows), rows)
-        hold("rows are within max_num_seqs", all(0 <= r < self.config.max_num_seqs for r in rows), rows)
-        hold("what starts also runs", {s.row for s in plan.starts} <= set(rows), plan.starts)
-        for start in plan.starts:
-            sequence = by_row[start.row]
-            hold("a start carries all tokens", start.tokens == sequence.tokens, sequence.rank)
-            for block in {b for table in start.tables for b in table if b >= 0}:
-                writer = self.tenant_of_block.get(block)
-                hold("tenants share no block", writer == self._tenant(sequence), block, writer, sequence.rank)
-        size, pool = self.cache.block_size, self.cache.pool
-        for row in plan.rows:
-            sequence, end = by_row[row.row], row.start + row.count
-            for group, table, new in zip(self.cache.groups, sequence.tables, row.new_blocks, strict=True):
-                first = group.first_visible(row.start) // size
-                seen = table[first : -(-end // size)]
-                hold("visible blocks are in the table", -1 not in seen, sequence.rank, table, row)
-                written = table[row.start // size : -(-end // size)]
-                shared = [b for b in written if pool.references(b) != 1]
-                hold("nobody else holds a block that is written", not shared, sequence.rank, shared)
-                for block in new:
-                    self.tenant_of_block[block] = self._tenant(sequence)
-
-    def _tenant(self, sequence: Sequence) -> str:
-        request = sequence.request
-        return f"salt {request.cache_salt}" if self.config.reuse_prefix else request.request_id
 
 
 class Witness:
@@ -249,6 +151,8 @@ class Witness:
             whole = output.cached_tokens % self.cache.block_size == 0
             hold("cached tokens are whole blocks of the prompt", whole, key, output.cached_tokens)
             hold("cached tokens leave one to compute", output.cached_tokens < len(sample.request.prompt), key)
+            if isinstance(self.scheduler, WatchedScheduler):
+                hold("cached tokens are those found", output.cached_tokens == self.scheduler.found[key], key)
         sample.ending = output.finish
 
     def _check_books(self) -> None:
@@ -304,6 +208,12 @@ class Witness:
                 hold("the limit is named", f"{self.cache.pool.total} blocks" in finish.error.message, finish)
             if finish.reason is FinishReason.STOP:
                 hold("the stop token is named", finish.stop_token == sample.tokens[-1], key, finish)
+        if isinstance(self.scheduler, WatchedScheduler):
+            asked = sum(len(self.samples[key].request.prompt) for key in self.scheduler.found)
+            counters = (self.scheduler.counters.prefix_queries, self.scheduler.counters.prefix_hits)
+            hold(
+                "a prompt is counted once", counters == (asked, sum(self.scheduler.found.values())), counters
+            )
         hold("nothing is held at the end", self.cache.pool.held == 0, self.cache.pool.held)
         hold("no sequence is left", not list(self.scheduler.sequences()))
 

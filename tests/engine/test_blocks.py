@@ -216,6 +216,18 @@ def test_least_and_peak_blocks_bound_what_is_held() -> None:
                     cache.advance(sequence)
 
 
+def test_the_end_of_a_sequence_is_evicted_first() -> None:
+    cache = KVCache(num_blocks=4, block_size=SIZE)
+    sequence = _sequence(cache, 8)
+    cache.adopt(sequence, PrefixHit(0, [[]]))
+    cache.extend(sequence, 8)
+    sequence.computed = 8
+    cache.advance(sequence)
+    cache.release(sequence)
+    cache.pool.take(2)
+    assert cache.match(_sequence(cache, 8)).length == 4, "its beginning is what others may share"
+
+
 def _sequence(cache: KVCache, length: int) -> Sequence:
     request = GenerateRequest(request_id="", prompt=[7] * length, sampling=SamplingParams(max_tokens=1))
     return Sequence(request, 0, (0, 0, 0), 0, cache.root(""), frozenset(), 99, tokens=[7] * length)

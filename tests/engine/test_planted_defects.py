@@ -262,7 +262,7 @@ DEFECTS = [
         "was released more often than it was taken",
     ),
     Defect(forget_to_release, "references are the tables that name a block", "nothing is held at the end"),
-    Defect(reuse_blocks_of_a_step_in_flight, "a row that runs is somebody's", "is given away while step"),
+    Defect(reuse_blocks_of_a_step_in_flight, "a row runs once in a plan", "is given away while step"),
     Defect(skip_the_salt, "tenants share no block", None),
     Defect(hash_a_partial_block, "an identity is that of a full block", "while step 2 still writes them"),
     Defect(publish_before_computed, "what is offered is computed", "while step 4 still writes them"),

@@ -139,6 +139,14 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert (s.counters.prefix_queries, s.counters.prefix_hits) == (23, 8)
 
 
+def test_what_is_found_need_not_fit_a_second_time() -> None:
+    s = scheduler(num_blocks=13, max_num_batched_tokens=64)
+    s.add(request("a", tokens(41)))
+    step(s)
+    s.add(request("b", tokens(41)))
+    assert step(s) == [(41, 1, True), (40, 1, True)], "eleven blocks are held, and two are enough for b"
+
+
 def test_of_a_prompt_that_is_all_known_the_last_block_is_computed_again() -> None:
     """Its last position's logits are wanted, and a block that others hold is never written."""
     s = scheduler()
@@ -234,6 +242,18 @@ def test_a_sequence_alone_that_outgrows_the_cache_ends_with_the_limit() -> None:
     assert last.finish.error.code is ErrorCode.OUT_OF_BLOCKS
     assert "after 2 output tokens" in last.finish.error.message and "2 blocks" in last.finish.error.message
     assert s.cache.pool.held == 0 and not s.has_work
+
+
+def test_it_ends_so_too_when_all_its_blocks_are_found_again_and_one_lacks() -> None:
+    s = scheduler(num_blocks=2)
+    s.add(request("a", tokens(7), priority=1))
+    step(s)
+    s.add(request("urgent", tokens(2, first=30)))
+    step(s)
+    assert find(s, "a").state is State.WAITING and len(find(s, "a").tokens) == 9
+    s.cancel("urgent")
+    assert s.schedule() is None
+    assert endings(s.take_outputs()[-1:]) == [("a", 0, FinishReason.ERROR)]
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
@@ -393,6 +413,36 @@ def test_what_has_ended_keeps_row_and_blocks_while_a_step_in_flight_names_it() -
     s.commit(second, answer(second))
     assert s.take_outputs() == [] and s.cache.pool.held == 0
     assert [start.row for start in plan(s).starts] == [0]
+
+
+def test_nobody_is_preempted_for_blocks_that_are_on_their_way() -> None:
+    s = scheduler(num_blocks=8, steps_in_flight=2, max_num_batched_tokens=64)
+    s.add(request("a", tokens(8)))
+    s.add(request("b", tokens(8, first=20)))
+    s.add(request("c", tokens(4, first=30), stop_token_ids=(3,)))
+    in_flight = [plan(s), plan(s)]
+    for token in (9, 9, 9, 3):
+        done = in_flight.pop(0)
+        s.commit(done, answer(done, token))
+        if token != 3:
+            in_flight.append(plan(s))
+    assert s.cache.pool.available == 0 and s.schedule() is None, "a needs a block, and c's are about to come"
+    assert s.counters.preemptions == 0
+    s.commit(in_flight[0], answer(in_flight[0]))
+    assert [row.start for row in plan(s).rows] == [12, 12]
+
+
+def test_one_victim_is_enough_while_its_blocks_are_on_their_way() -> None:
+    s = scheduler(num_blocks=7, steps_in_flight=2)
+    for name in ("low", "lower"):
+        s.add(request(name, tokens(6, first=ord(name[-1]) % 20), priority=1 + len(name)))
+    first = plan(s)
+    s.add(request("urgent", tokens(9, first=30)))
+    second = plan(s)
+    assert [find(s, name).state for name in ("low", "lower")] == [State.RUNNING, State.WAITING]
+    for made in (first, second):
+        s.commit(made, answer(made))
+    assert [start.tokens for start in plan(s).starts] == [tokens(9, first=30)]
 
 
 def test_a_cancel_takes_effect_at_once_wherever_its_sequence_is() -> None:

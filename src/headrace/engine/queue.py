@@ -31,8 +31,6 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that waits here: the first, which starts, or any other, which has ended."""
         self._members.remove(sequence)
-        if self._heap[0][1] is sequence:
-            heapq.heappop(self._heap)
-        elif len(self._heap) > 2 * len(self._members) + 64:
+        if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [entry for entry in self._heap if entry[1] in self._members]
             heapq.heapify(self._heap)

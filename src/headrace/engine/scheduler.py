@@ -163,35 +163,29 @@ class Scheduler:
         """Give every running sequence what it wants, the most urgent first.
 
         One that is less urgent than the first that waits yields: it takes a single position. Returns what
-        is left of the budget, and the bar: only those of a smaller priority may start with it. Nobody may
-        if a sequence lacked budget or blocks.
+        is left of the budget, and the bar: only those more urgent than all that got less than they want
+        may start with it.
         """
-        urgent = self._most_urgent_waiting()
+        first = self._waiting.first()
+        urgent = math.inf if first is None else first.request.priority
         bar = math.inf
         i = 0
         while i < len(self._running):  # which gets shorter where blocks run out
             sequence = self._running[i]
             wanted = self._uncomputed(sequence)
             if wanted > 0:
-                if wanted > 1 and sequence.request.priority > urgent:
-                    wanted = 1
-                    bar = min(bar, sequence.request.priority)
                 others = len(self._running) - i - 1  # each is sure of one token
-                count = wanted if wanted <= budget - others else budget - others
+                most = 1 if sequence.request.priority > urgent else budget - others
+                count = wanted if wanted < most else most
                 if not self.cache.covers(sequence, sequence.scheduled + count):
                     count = self._make_room(sequence, count)
                 if count > 0:
                     self._plan_row(plan, planned, sequence, count)
                     budget -= count
-                if count < wanted:
-                    bar = -math.inf
+                if count < wanted and sequence.state is State.RUNNING:
+                    bar = min(bar, sequence.request.priority)
             i += 1
         return budget, bar
-
-    def _most_urgent_waiting(self) -> float:
-        """The priority of the first that could start now; infinite if there is none."""
-        first = self._waiting.first()
-        return math.inf if first is None or first.in_flight else first.request.priority
 
     def _make_room(self, sequence: Sequence, count: int) -> int:
         """How many of `count` positions have room, after taking blocks from lower ranks where they lack.
@@ -216,22 +210,19 @@ class Scheduler:
         while budget > 0 and (sequence := self._waiting.first()) is not None:
             if sequence.request.priority >= bar or sequence.in_flight:
                 return  # in flight: preempted a moment ago, its last step still runs
-            if not self._rows and not self._preempt_for(sequence):
-                return
-            if self._is_stuck(sequence):
-                return
-            hit = self.cache.match(sequence) if sequence.reads_cache else None
-            if not self._fits(sequence, hit):
-                if self._preempt_for(sequence):
+            if self._rows and not self._is_stuck(sequence):
+                hit = self.cache.match(sequence) if sequence.reads_cache else None
+                alone = not self._running and not self._draining
+                if self._fits(sequence, hit) or (alone and self._fits_in_small_chunks(sequence)):
+                    budget = self._start(plan, planned, sequence, hit, budget)
                     continue
-                if self._running or self._draining:
-                    if not self._draining:
-                        self._stuck = (sequence, self.cache.pool.available, len(self._running))
-                    return
-                if self.cache.least_blocks(len(sequence.tokens)) > self.cache.pool.total:
+                if alone:
                     self._end(sequence, self._out_of_blocks(sequence))
                     continue
-            budget = self._start(plan, planned, sequence, hit, budget)
+                if not self._draining:
+                    self._stuck = (sequence, self.cache.pool.available, len(self._running))
+            if not self._preempt_for(sequence):
+                return
 
     def _is_stuck(self, sequence: Sequence) -> bool:
         """Whether a sequence did not fit and nothing was given back since: looking again would be vain."""
@@ -241,10 +232,7 @@ class Scheduler:
         return who is sequence and self.cache.pool.available <= available and len(self._running) >= running
 
     def _fits(self, sequence: Sequence, hit: PrefixHit | None) -> bool:
-        """Whether all that is known of a sequence fits, with blocks to grow for each running one.
-
-        With whole chunks, that is: one that is alone may do with smaller chunks and fewer blocks.
-        """
+        """Whether all that is known of a sequence fits, with blocks to grow for each running one."""
         length = len(sequence.tokens)
         needed = self.cache.peak_blocks(length, self._in_flight_tokens)
         available = self.cache.pool.available
@@ -253,6 +241,10 @@ class Scheduler:
             needed -= len(found)
             available -= sum(self.cache.pool.references(block) == 0 for block in found)
         return needed + len(self._running) * len(self.cache.groups) <= available
+
+    def _fits_in_small_chunks(self, sequence: Sequence) -> bool:
+        """Whether the whole cache is enough for a sequence, given time for its windows to move on."""
+        return self.cache.least_blocks(len(sequence.tokens)) <= self.cache.pool.total
 
     def _start(
         self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, hit: PrefixHit | None, budget: int
@@ -310,7 +302,7 @@ class Scheduler:
 
     def _take_result(self, sequence: Sequence, i: int, result: StepResult) -> None:
         """Append what a step sampled, report it, and end the sequence where a token ends it."""
-        if result.prompt_logprobs and i in result.prompt_logprobs and not sequence.prompt_logprobs_done:
+        if result.prompt_logprobs and i in result.prompt_logprobs:
             sequence.prompt_logprobs.extend(result.prompt_logprobs[i])
         tokens = result.tokens[i]
         if not tokens:
@@ -352,9 +344,9 @@ class Scheduler:
         return None
 
     def _preempt_for(self, sequence: Sequence) -> bool:
-        """Preempt the last running sequence for a more urgent one (not merely an earlier one).
+        """Preempt the last running sequence, if it is less urgent than `sequence` (not merely later).
 
-        True if its row and blocks are free now, not only once a step in flight is committed.
+        Not while blocks are on their way: a step in flight may still name those of an earlier victim.
         """
         if self._draining or not self._running:
             return False
@@ -362,7 +354,7 @@ class Scheduler:
         if victim.request.priority <= sequence.request.priority:
             return False
         self._preempt(victim)
-        return victim.in_flight == 0
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the blocks of a running sequence; it waits at its rank and is computed again."""
