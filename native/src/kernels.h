@@ -123,20 +123,21 @@ struct KernelTable {
   uint64_t (*read)(const ReadArgs&);
 };
 
-inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+// Static, so that each level keeps its own copy (see CMakeLists.txt).
+static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
 // The inner dimension is padded to a whole matrix tile in bf16.
-inline constexpr int64_t packed_inner(int64_t in, Type type) {
+static inline constexpr int64_t packed_inner(int64_t in, Type type) {
   return type == Type::bf16 ? round_up(in, 32) : in;
 }
 
-inline constexpr int64_t packed_bytes(int64_t out, int64_t in, Type type) {
+static inline constexpr int64_t packed_bytes(int64_t out, int64_t in, Type type) {
   return round_up(out, kPanel) * packed_inner(in, type) * (type == Type::bf16 ? 2 : 4);
 }
 
-inline constexpr int64_t page_elements(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
+static inline constexpr int64_t page_elements(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
   return layers * kv_heads * 2 * round_up(head_dim, 16) * round_up(block_size, 16);
 }
 

@@ -1,6 +1,6 @@
 // The Python module headrace._native: addresses, sizes and strides in, nothing out but errors.
 //
-// Callers (headrace.execution.kernels.native) vouch for shapes and types; what a plan could get wrong, the pages
+// Callers (headrace.kernels.native) vouch for shapes and types; what a plan could get wrong, the pages
 // and positions, is checked here before a kernel reads or writes through it. Every call that works releases the
 // interpreter lock.
 #include <nanobind/nanobind.h>
@@ -95,7 +95,7 @@ uint64_t gumbel_stream(uint64_t seed, uint32_t position) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "CPU kernels of Headrace; see headrace.execution.kernels.native.";
+  m.doc() = "CPU kernels of Headrace; see headrace.kernels.native.";
   kernels();
   m.attr("PANEL") = kPanel;
 
