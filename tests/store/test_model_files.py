@@ -58,6 +58,19 @@ def test_a_directory_is_described(model: Path) -> None:
     assert files.bos_token_id == 0 and open_model(model, name="other").name == "other"
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_a_multimodal_model_keeps_its_text_part_apart(model: Path, prefix: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    tensors = load_file(model / "model.safetensors")
+    save_file({k.replace("model.", prefix, 1): v for k, v in tensors.items()}, model / "model.safetensors")
+    assert open_model(model).model_type == "gemma3"
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file({k.replace("model.", prefix, 1): v for k, v in tensors.items()}, model / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{prefix}layers.1.mlp.up_proj.weight"):
+        open_model(model)
+
+
 def test_shards_are_found_by_their_index_alone(model: Path) -> None:
     names = shard(model)
     save_file({"stray": np.zeros(1)}, model / "stray.safetensors")

@@ -7,27 +7,20 @@ at once. The server is the one that `headrace serve` starts, in a process of its
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.errors import clear_errors
+from headrace.cli.private_server import private_server
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from rich.console import Console
 
-READY_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
 REQUEST_TIMEOUT_S = 120.0
 
 CHAT = "Why is the sky blue? Answer in two sentences."
@@ -74,7 +67,10 @@ def demo(
         console = Console()
         with PullProgress() as progress:
             name = resolve(model, progress).name
-        with _server(model, console) as url:
+        with private_server(
+            model,
+            lambda line: console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True),
+        ) as url:
             timings, batch_s = asyncio.run(_talk(url, name, max_tokens, console))
         _show(timings, batch_s, console)
 
@@ -180,49 +176,3 @@ def _show(timings: list[Timing], batch_s: float, console: Console) -> None:
     )
     console.print()
     console.print(table)
-
-
-@contextmanager
-def _server(model: str, console: Console) -> Iterator[str]:
-    """`headrace serve` on a free port; gives its URL, and stops it in the end.
-
-    Raises OSError when it does not become ready, or does not end well.
-    """
-    server = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", model, "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is ours to pass on
-    )
-    try:
-        yield _wait_ready(server, console)
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(STOP_TIMEOUT_S)
-        if code != 0:
-            raise OSError(f"the server ended with exit code {code}")
-    except subprocess.TimeoutExpired:
-        raise OSError(f"the server did not stop within {STOP_TIMEOUT_S:g} s") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            server.kill()
-        server.wait()
-
-
-def _wait_ready(server: subprocess.Popen[str], console: Console) -> str:
-    lines = server.stderr
-    if lines is None:
-        raise RuntimeError("the server was started without a pipe from its standard error")
-    # A server that hangs would keep us in readline: after a while it is killed, which ends its output.
-    watchdog = threading.Timer(READY_TIMEOUT_S, server.kill)
-    watchdog.start()
-    said = []
-    try:
-        for line in lines:
-            said.append(line.strip())
-            console.print(said[-1], style="dim", highlight=False, markup=False, soft_wrap=True)
-            if said[-1].startswith("ready"):
-                threading.Thread(target=lines.read, daemon=True).start()  # so that it never waits for us
-                return said[-1].rpartition(" ")[2]
-    finally:
-        watchdog.cancel()
-    raise OSError(f"the server did not become ready: {said[-1] if said else 'it said nothing'}")

@@ -26,7 +26,8 @@ class ServerLostError(OSError):
 def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
     """Serve `model` and give its URL; `say` gets what the server says while it starts.
 
-    Raises ServerLostError. It runs in a session of its own, so that Ctrl-C does not reach it.
+    Raises ServerLostError when it does not become ready, or does not end well. It runs in a session of its
+    own, so that Ctrl-C does not reach it.
     """
     server = subprocess.Popen(
         [sys.executable, "-m", "headrace", "serve", model, "--port", "0"],
@@ -38,14 +39,21 @@ def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
     )
     try:
         yield _wait_ready(server, say)
+        if (code := _stop(server)) != 0:
+            raise ServerLostError(f"the server ended with exit code {code}")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        _stop(server)
+
+
+def _stop(server: subprocess.Popen[str]) -> int:
+    """Ask the server to end, and kill it if it does not in time; its exit code."""
+    with contextlib.suppress(ProcessLookupError):
+        server.send_signal(signal.SIGTERM)
+    try:
+        return server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
 
 
 def _wait_ready(server: subprocess.Popen[str], say: Callable[[str], None]) -> str:

@@ -14,10 +14,11 @@ from typing import Any, Final
 from .errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from .safetensors_file import TensorEntry, header_bytes, safetensors_index
 
-MODEL_TYPES: Final = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES: Final = ("gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` that are served."""
 
 _INDEX: Final = "model.safetensors.index.json"
+_PREFIXES: Final = ("model.", "model.language_model.", "language_model.model.")
 _EVERY_LAYER: Final = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
@@ -120,6 +121,12 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
     return content
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that is about text: a multimodal model keeps it apart."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
 def _check_config(directory: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -133,8 +140,9 @@ def _check_config(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory / 'config.json'}: weights quantised with {method!r} are not served; take the "
             "unquantised checkpoint or a GGUF file"
         )
+    text = text_config(config)
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        value = config.get(key)
+        value = text.get(key)
         if type(value) is not int or value <= 0:
             raise ModelFileError(f"{directory / 'config.json'}: {key} is {value!r}, not a positive integer")
 
@@ -195,9 +203,10 @@ def _check_index(directory: Path, tensors: Mapping[str, TensorEntry]) -> None:
 
 def _check_tensors(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
     """Every layer must have what all families have in common; the rest is for the model's own loader."""
-    needed = ["model.embed_tokens.weight", "model.norm.weight"] + [
-        f"model.layers.{layer}.{part}.weight"
-        for layer in range(config["num_hidden_layers"])
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in tensors), _PREFIXES[0])
+    needed = [f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"] + [
+        f"{prefix}layers.{layer}.{part}.weight"
+        for layer in range(text_config(config)["num_hidden_layers"])
         for part in _EVERY_LAYER
     ]
     missing = [name for name in needed if name not in tensors]
