@@ -89,11 +89,11 @@ class WatchedScheduler(Scheduler):
         """Nobody starts on what the running still want; the first that waits starts as soon as it fits."""
         counts = {row.row: row.count for row in plan.rows} if plan is not None else {}
         running = [s for s in sequences if s.state is State.RUNNING]
+        starts = [next(s for s in sequences if s.row == start.row) for start in (plan.starts if plan else ())]
         bar = math.inf
         for s in running:
-            if s in running_before and counts.get(s.row, 0) < running_before[s]:
+            if s not in starts and counts.get(s.row, 0) < running_before[s]:
                 bar = min(bar, s.request.priority)
-        starts = [next(s for s in sequences if s.row == start.row) for start in (plan.starts if plan else ())]
         for s in starts:
             hold("nobody starts on what the running want", s.request.priority < bar, s.rank, bar)
             if counts[s.row] < len(s.tokens) - s.computed:

@@ -219,8 +219,7 @@ class Scheduler:
                 if alone:
                     self._end(sequence, self._out_of_blocks(sequence))
                     continue
-                if not self._draining:
-                    self._stuck = (sequence, self.cache.pool.available, len(self._running))
+                self._stuck = (sequence, self.cache.pool.available, len(self._running))
             if not self._preempt_for(sequence):
                 return
 
@@ -249,12 +248,8 @@ class Scheduler:
     def _start(
         self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, hit: PrefixHit | None, budget: int
     ) -> int:
-        """Move the first waiting sequence to a row and plan its first tokens.
-
-        Returns what is left of the budget for others: nothing if it could not start on all it wants.
-        """
+        """Move the first waiting sequence to a row and plan its first tokens; return the budget left."""
         self._waiting.remove(sequence)
-        self._stuck = None
         sequence.state = State.RUNNING
         sequence.row = self._rows.pop()
         insort(self._running, sequence, key=_rank)
@@ -274,10 +269,10 @@ class Scheduler:
                 tables=[list(table) for table in sequence.tables],
             )
         )
-        wanted = self._uncomputed(sequence)
-        count = min(wanted, budget, self.cache.room(sequence) - sequence.scheduled)
+        room = self.cache.room(sequence) - sequence.scheduled
+        count = min(self._uncomputed(sequence), budget, room)
         self._plan_row(plan, planned, sequence, count)
-        return budget - count if count == wanted else 0
+        return budget - count
 
     def _plan_row(self, plan: StepPlan, planned: list[Sequence], sequence: Sequence, count: int) -> None:
         if sequence.row is None:
