@@ -2,25 +2,27 @@
 
 A parameter is described by `Part`s before anything is read: the tensor's name, its whole shape, and how it
 is cut for a place in a mesh. So the whole checkpoint is checked against the description first, and then
-each rank reads only its own bytes. Files are mapped, not read: what is resident of them is the system's
-page cache, which it reclaims under pressure, and each slice is copied once, converted, into its place.
+each rank reads only its own bytes. Files are read through one small buffer, not mapped: pages of a mapping
+count as the process's memory until it ends, and each of them costs a fault.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import BinaryIO, Final, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES: Final = frozenset({"F32", "F16", "BF16"})
+_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BUFFER_BYTES: Final = 4 << 20
 _SHOWN: Final = 8
 _INDEX: Final = "model.safetensors.index.json"
 
@@ -93,8 +95,34 @@ class Part:
         return (*self.shape[:dimension], end - begin, *self.shape[dimension + 1 :])
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file: row-major, from byte `begin`. `dtype` is the format's word."""
+
+    file: BinaryIO
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    def rows(self, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows begin to end - 1 in runs: the first row's number and a view that the next run overwrites."""
+        dtype = _DTYPES[self.dtype]
+        row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
+        most = max(1, _BUFFER_BYTES // max(1, row_bytes))
+        buffer = memoryview(bytearray(min(most, end - begin) * row_bytes))
+        self.file.seek(self.begin + begin * row_bytes)
+        for first in range(begin, end, most):
+            count = min(most, end - first)
+            run = buffer[: count * row_bytes]
+            if (got := self.file.readinto(run)) != len(run):  # type: ignore[attr-defined]
+                raise WeightsError(
+                    f"{self.file.name} ended {len(run) - got} bytes early; it was changed while it was read"
+                )
+            yield first, torch.frombuffer(run, dtype=dtype).view(count, *self.shape[1:])
+
+
 class Checkpoint:
-    """The tensors of a model directory, by name. A context manager that holds the files mapped.
+    """The tensors of a model directory, by name. A context manager that holds the files open.
 
     Takes `model.safetensors`, the shards that `model.safetensors.index.json` lists, or else all
     `*.safetensors` in the directory.
@@ -102,11 +130,10 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._tensors: dict[str, _Stored] = {}
         try:
             for path in _files(directory):
-                file = self._stack.enter_context(_open(path))
-                self._files |= dict.fromkeys(file.keys(), file)
+                self._tensors |= _open(path, self._stack)
         except BaseException:
             self._stack.close()
             raise
@@ -117,12 +144,12 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()
+        self._tensors.clear()
         self._stack.close()
 
     @property
     def names(self) -> Collection[str]:
-        return self._files.keys()
+        return self._tensors.keys()
 
     def check(self, parts: Iterable[Part], *, ignored: Collection[str] = ()) -> None:
         """Refuse tensors that are missing, unexpected, of another shape, or not plain floating point.
@@ -132,18 +159,20 @@ class Checkpoint:
         problems = []
         expected = {part.name: part for part in parts}
         for name, part in expected.items():
-            if name not in self._files:
+            stored = self._tensors.get(name)
+            if stored is None:
                 problems.append(f"{name} {list(part.shape)} is missing")
-                continue
-            stored = self._files[name].get_slice(name)
-            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-            if shape != part.shape:
-                problems.append(f"{name} is {list(shape)}, but config.json makes it {list(part.shape)}")
-            elif dtype not in _DTYPES:
-                problems.append(f"{name} is stored as {dtype}; supported: {', '.join(sorted(_DTYPES))}")
+            elif stored.shape != part.shape:
+                problems.append(
+                    f"{name} is {list(stored.shape)}, but config.json makes it {list(part.shape)}"
+                )
+            elif stored.dtype not in _DTYPES:
+                problems.append(
+                    f"{name} is stored as {stored.dtype}; supported: {', '.join(sorted(_DTYPES))}"
+                )
         problems += [
-            f"{name} {self._files[name].get_slice(name).get_shape()} has no place in this model"
-            for name in sorted(self._files.keys() - expected.keys() - set(ignored))
+            f"{name} {list(self._tensors[name].shape)} has no place in this model"
+            for name in sorted(self._tensors.keys() - expected.keys() - set(ignored))
         ]
         if problems:
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -152,7 +181,10 @@ class Checkpoint:
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        return torch.equal(self._files[one].get_tensor(one), self._files[other].get_tensor(other))
+        left, right = (
+            self.load([Part(name, self._tensors[name].shape)], WHOLE, torch.float32) for name in (one, other)
+        )
+        return torch.equal(left, right)
 
     def load(self, parts: Iterable[Part], shard: Shard, dtype: torch.dtype) -> Tensor:
         """This rank's slices of `parts`, one below the other, in memory of their own, as `dtype`."""
@@ -162,9 +194,11 @@ class Checkpoint:
         row = 0
         for part, shape in zip(parts, shapes, strict=True):
             dimension, begin, end = part.span(shard)
-            stored = self._files[part.name].get_slice(part.name)
-            place = result[row : row + shape[0]]
-            place.copy_(stored[begin:end] if dimension == 0 else stored[:, begin:end])
+            stored = self._tensors[part.name]
+            first, last = (begin, end) if dimension == 0 else (0, shape[0])
+            for number, rows in stored.rows(first, last):
+                place = result[row + number - first :][: rows.shape[0]]
+                place.copy_(rows if dimension == 0 else rows[:, begin:end])
             row += shape[0]
         return result
 
@@ -181,8 +215,18 @@ def _files(directory: Path) -> list[Path]:
     return paths
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, stack: ExitStack) -> dict[str, _Stored]:
+    """The tensors of a file that stays open as long as `stack`."""
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"):  # checks the header against the file's length
+            pass
+        file = stack.enter_context(path.open("rb", buffering=0))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
