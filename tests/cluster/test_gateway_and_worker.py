@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from house import WORLDS, EngineShape, House, collect, in_house, request
 
-from headrace.cluster import GatewayObserver, GatewayState, StartFailedError
+from headrace.cluster import Ending, GatewayObserver, GatewayState, StartFailedError
 from headrace.engine import RequestRefused
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import (
@@ -374,14 +374,14 @@ class Recorder(GatewayObserver):
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
-    def first_token(self, ttft_s: float) -> None:
+    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self.ttfts.append(ttft_s)
 
     def next_tokens(self, gap_s: float, tokens: int) -> None:
         self.gaps.append((gap_s, tokens))
 
-    def ended(self, reason: FinishReason, prompt_tokens: int, output_tokens: int, e2e_s: float) -> None:
-        self.endings.append((reason, prompt_tokens, output_tokens))
+    def ended(self, ending: Ending) -> None:
+        self.endings.append((ending.reason, ending.index, ending.output_tokens))
 
 
 @everywhere
@@ -390,7 +390,7 @@ def test_what_is_measured_adds_up(kind: str) -> None:
 
     async def body(house: House) -> None:
         await collect(house.gateway.submit(request("a", n=2, max_tokens=10)))
-        assert sorted(recorder.endings) == [(FinishReason.LENGTH, 0, 10), (FinishReason.LENGTH, 5, 10)]
+        assert sorted(recorder.endings) == [(FinishReason.LENGTH, 0, 10), (FinishReason.LENGTH, 1, 10)]
         assert len(recorder.ttfts) == 2
         assert sum(tokens for _, tokens in recorder.gaps) == 18
         assert sum(stats.sampled for stats in recorder.steps) == 20

@@ -111,7 +111,7 @@ class Generation:
         if sample.finish_reason is not None:
             self._unfinished -= 1
             if sample.stopped_here:
-                self._stream.cancel(output.request_id, output.index)
+                self._stream.complete(output.request_id, output.index)
         return choice, piece
 
     def usage(self) -> dict[str, Any]:

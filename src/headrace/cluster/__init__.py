@@ -4,12 +4,14 @@ In: typed requests from HTTP or the command line. Out: streams of outputs with e
 sample. It must not know HTTP, text, torch, or whether its world is real.
 """
 
-from headrace.cluster.gateway import Gateway, GatewayObserver, GatewayState, StartFailedError
+from headrace.cluster.gateway import Gateway, GatewayState, StartFailedError
 from headrace.cluster.local import LocalEngine
+from headrace.cluster.observer import Ending, GatewayObserver
 from headrace.cluster.stream import OutputStream
 from headrace.cluster.supervisor import EngineLostError, Supervisor
 
 __all__ = [
+    "Ending",
     "EngineLostError",
     "Gateway",
     "GatewayObserver",

@@ -18,6 +18,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from headrace.cluster.observer import Ending, GatewayObserver
 from headrace.cluster.stream import OutputStream
 from headrace.engine.limits import ModelLimits, RequestRefused, check_request
 from headrace.protocol.channel import Channel, ProtocolError
@@ -31,8 +32,8 @@ from headrace.protocol.messages import (
     FromWorker,
     Hello,
     Outputs,
+    SequenceTimes,
     StartFailed,
-    StepStats,
     Submit,
 )
 from headrace.protocol.requests import (
@@ -63,26 +64,12 @@ class StartFailedError(Exception):
     """The engine cannot be built as asked; the text is the engine's own."""
 
 
-class GatewayObserver:
-    """What the gateway tells those who measure. Times in seconds of the world's clock."""
-
-    def step(self, stats: StepStats) -> None:
-        """A step was committed, or requests ended without one."""
-
-    def first_token(self, ttft_s: float) -> None:
-        """A sample's first token came so long after its request."""
-
-    def next_tokens(self, gap_s: float, tokens: int) -> None:
-        """So many further tokens of a sample came so long after those before."""
-
-    def ended(self, reason: FinishReason, prompt_tokens: int, output_tokens: int, e2e_s: float) -> None:
-        """A sample ended. Prompt tokens are counted with the first sample of a request only."""
-
-
 @dataclass(slots=True, eq=False)
 class _Sample:
     output_tokens: int = 0
     last_s: float = 0.0
+    counts_as: FinishReason = FinishReason.CANCELLED
+    """What its ending is, should it end by being cancelled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,6 +162,7 @@ class Gateway:
         if self._channel is not None:
             raise ProtocolError(connection.peer, "dialled in while another engine is connected")
         self._channel, self._info, self._start_failure = channel, first.engine, None
+        self._observer.engine_up(first.engine)
         self._become(GatewayState.READY)
         why = "the engine ended under the request; send it again"
         try:
@@ -186,6 +174,7 @@ class Gateway:
         finally:
             self._channel = None
             self._end_all(Finish(FinishReason.ERROR, error=RequestError(ErrorCode.UNAVAILABLE, why)))
+            self._observer.engine_lost()
             self._become(GatewayState.DEAD)
 
     def _become(self, state: GatewayState) -> None:
@@ -197,19 +186,27 @@ class Gateway:
 
     def _take(self, message: Outputs) -> None:
         now = self._world.now()
+        all_times = iter(message.times)
         for output in message.outputs:
+            times = next(all_times, None) if output.finish is not None else None
             accepted = self._accepted.get(output.request_id)
             # What has ended here already (the client was told so) gets no second ending.
             if accepted is not None and output.index in accepted.samples:
-                self._deliver(accepted, output, now)
+                self._deliver(accepted, output, now, times)
         if message.stats is not None:
             self._observer.step(message.stats)
 
-    def _deliver(self, accepted: _Accepted, output: SequenceOutput, now: float) -> None:
+    def _deliver(
+        self, accepted: _Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None = None
+    ) -> None:
         sample = accepted.samples[output.index]
         if output.tokens:
             if sample.output_tokens == 0:
-                self._observer.first_token(now - accepted.began_s)
+                self._observer.first_tokens(
+                    now - accepted.began_s,
+                    len(output.tokens),
+                    len(accepted.request.prompt) if output.index == 0 else 0,
+                )
             else:
                 self._observer.next_tokens(now - sample.last_s, len(output.tokens))
             sample.output_tokens += len(output.tokens)
@@ -219,10 +216,19 @@ class Gateway:
             self._open_samples -= 1
             if not accepted.samples:
                 del self._accepted[output.request_id]
-            prompt_tokens = len(accepted.request.prompt) if output.index == 0 else 0
+            reason = output.finish.reason
+            if reason is FinishReason.CANCELLED:
+                reason = sample.counts_as
             self._world.trace("gateway.end", output.request_id, output.index, output.finish.reason)
             self._observer.ended(
-                output.finish.reason, prompt_tokens, sample.output_tokens, now - accepted.began_s
+                Ending(
+                    reason,
+                    accepted.request,
+                    output.index,
+                    sample.output_tokens,
+                    now - accepted.began_s,
+                    times,
+                )
             )
         accepted.stream.deliver(output)
 
@@ -245,6 +251,16 @@ class Gateway:
         Raises RequestRefused: INVALID for what can never be served, OVERLOADED for what would not fit the
         engine's queue, UNAVAILABLE without an engine. An id in use is a ValueError.
         """
+        try:
+            stream = self._submit(*requests)
+        except RequestRefused as refused:
+            self._observer.refused(refused.error.code)
+            raise
+        for request in requests:
+            self._observer.accepted(request)
+        return stream
+
+    def _submit(self, *requests: GenerateRequest) -> OutputStream:
         channel, info = self._channel, self._info
         if self._state is not GatewayState.READY or channel is None or info is None:
             raise RequestRefused(ErrorCode.UNAVAILABLE, _WHY_UNAVAILABLE[self._state])
@@ -274,12 +290,19 @@ class Gateway:
         self._open_samples += len(samples)
         return stream
 
-    def cancel(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or its sample `index`, if it has not ended; the engine answers with the ending."""
+    def cancel(
+        self, request_id: str, index: int | None = None, counts_as: FinishReason = FinishReason.CANCELLED
+    ) -> None:
+        """End a request, or its sample `index`, if it has not ended; the engine answers with the ending.
+
+        `counts_as` is what those who measure are told: a sample that a stop string ends is no cancellation.
+        """
         accepted = self._accepted.get(request_id)
         if accepted is None or self._channel is None:
             return
         if index is None or index in accepted.samples:
+            for each in accepted.samples if index is None else (index,):
+                accepted.samples[each].counts_as = counts_as
             self._post(self._channel, Cancel(request_id, index))
 
     def _post_all(self, channel: Channel[FromWorker], requests: Sequence[GenerateRequest]) -> None:

@@ -10,7 +10,8 @@ import asyncio
 import tempfile
 from collections.abc import Callable
 
-from headrace.cluster.gateway import Gateway, GatewayObserver
+from headrace.cluster.gateway import Gateway
+from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.supervisor import LEAVE_TIMEOUT_S, Supervisor
 from headrace.protocol.messages import EngineInfo
 from headrace.world import World

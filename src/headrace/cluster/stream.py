@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from headrace.protocol.requests import SequenceOutput
+from headrace.protocol.requests import FinishReason, SequenceOutput
 
 SampleKey = tuple[str, int]
 """Request id and index of the sample."""
@@ -21,8 +21,10 @@ class OutputStream:
     One task reads. Leave it with `close` (or use it as a context manager): what has not ended is cancelled.
     """
 
-    def __init__(self, samples: Iterable[SampleKey], cancel: Callable[[str, int | None], None]) -> None:
-        """`cancel` ends a request or one sample of it."""
+    def __init__(
+        self, samples: Iterable[SampleKey], cancel: Callable[[str, int | None, FinishReason], None]
+    ) -> None:
+        """`cancel` ends a request or one sample of it, to be counted as the reason it is given."""
         self._open = dict.fromkeys(samples)  # in order: what is left to end
         self._arrived: dict[SampleKey, list[SequenceOutput]] = {}
         self._cancel = cancel
@@ -54,7 +56,11 @@ class OutputStream:
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one sample of it; its ending is among the outputs to come."""
-        self._cancel(request_id, index)
+        self._cancel(request_id, index, FinishReason.CANCELLED)
+
+    def complete(self, request_id: str, index: int) -> None:
+        """End a sample that its reader has found to be complete, as by a stop string; like `cancel` else."""
+        self._cancel(request_id, index, FinishReason.STOP)
 
     def close(self) -> None:
         """Stop reading: drop what has arrived, cancel what has not ended. Idempotent."""
@@ -63,7 +69,7 @@ class OutputStream:
         self._closed = True
         self._arrived.clear()
         for request_id in dict.fromkeys(request_id for request_id, _ in self._open):
-            self._cancel(request_id, None)
+            self._cancel(request_id, None, FinishReason.CANCELLED)
         self._wake()
 
     # ---- for the gateway -----------------------------------------------------------------------------

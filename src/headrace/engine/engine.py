@@ -27,6 +27,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
         self.last_step: tuple[StepPlan, StepResult] | None = None
         """What the last `step` committed, for those who measure."""
+        self.last_started: list[tuple[str, int]] = []
+        """Samples (request id, index) that the last `step` scheduled as it began, for the first time."""
 
     @property
     def has_work(self) -> bool:
@@ -51,6 +53,7 @@ class Engine:
             if plan is None:
                 break
             self._in_flight.append((plan, self.executor.submit(plan)))
+        self.last_started = self.scheduler.take_started()
         if self._in_flight:
             plan, future = self._in_flight[0]
             result = await asyncio.shield(future)

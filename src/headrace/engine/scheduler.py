@@ -53,6 +53,7 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._outputs: list[SequenceOutput] = []
+        self._started: list[tuple[str, int]] = []
 
     # ---- what comes in -------------------------------------------------------------------------------
 
@@ -131,6 +132,11 @@ class Scheduler:
         """What has happened to sequences since the last call, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def take_started(self) -> list[tuple[str, int]]:
+        """Samples (request id, index) that were scheduled for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step and advance `scheduled`; None when there is nothing to compute now."""
@@ -256,6 +262,7 @@ class Scheduler:
         self.cache.adopt(sequence, hit or PrefixHit(0, [[] for _ in self.cache.groups]))
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
+            self._started.append((sequence.request.request_id, sequence.index))
             self.counters.prefix_queries += sequence.prompt_length
             self.counters.prefix_hits += sequence.computed
         plan.starts.append(

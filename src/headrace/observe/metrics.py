@@ -1,132 +1,242 @@
-"""The metrics of a server, in a registry of its own.
+"""The metrics of a server: what is measured, under which name, and what moves it.
 
-In: what the gateway observes. Out: the text that Prometheus reads. Names and buckets follow vLLM's with
-another prefix, so that dashboards carry over; what vLLM has no name for is named in the same manner.
+In: what the gateway observes. Out: the text that Prometheus reads. Names, meanings and buckets are vLLM's
+with another prefix, so that dashboards carry over; what vLLM has no name for is named in the same manner.
+`docs/metrics.md` describes each for those who read them.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from collections.abc import Iterator
+from typing import TypeVar
 
-from headrace.cluster.gateway import GatewayObserver
-from headrace.protocol.messages import StepStats
-from headrace.protocol.requests import FinishReason
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+
+from headrace import __version__
+from headrace.cluster import Ending, GatewayObserver
+from headrace.observe.instruments import Counter, CounterBy, Gauge, Histogram, Info, Instrument
+from headrace.protocol.messages import EngineInfo, StepStats
+from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+PREFIX = "headrace:"
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _TOKEN_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    10,
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1, 2.5, 5, 10, 20, 40, 80),
 )
-_E2E_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_REQUEST_S = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920),
+)
 _STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-_NO_TOTALS = (0, 0, 0, 0)
+_OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_TOKENS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
+_SAMPLES = (1, 2, 5, 10, 20)
+
+_FINISHED = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",  # vLLM's word
+    FinishReason.ERROR: "error",
+}
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+_NO_TOTALS = (0, 0, 0, 0)
+
+_Instrument = TypeVar("_Instrument", bound=Instrument)
 
 
-class Metrics(GatewayObserver):
+class Metrics(GatewayObserver, Collector):
     """Metrics of one served model. Times in seconds."""
 
     def __init__(self, model: str) -> None:
-        self._registry = CollectorRegistry()
-        self._model = model
-        self._running = self._gauge("num_requests_running", "Sequences that the engine computes.")
-        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for their first step.")
-        self._usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks that are held; 1 is all.")
-        self._held_tokens = self._gauge("kv_cache_held_tokens", "Positions that held KV blocks carry.")
-        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
-        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the cache.")
-        self._preemptions = self._counter("num_preemptions", "Sequences that gave up their blocks.")
-        self._evictions = self._counter("kv_cache_evictions", "Cached blocks that were given to others.")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that have ended.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens sampled.")
-        self._ttft = self._histogram("time_to_first_token_seconds", "From request to first token.", _TTFT_S)
-        self._itl = self._histogram("inter_token_latency_seconds", "From one token to the next.", _TOKEN_S)
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From request to its ending.", _E2E_S)
-        self._step = self._histogram("step_seconds", "One step of the engine.", _STEP_S)
-        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in one step.", _STEP_TOKENS)
-        self._kernel_s = self._counter("kernel_seconds", "Time of steps that was spent in kernels.")
-        finished = Counter(
-            "headrace:request_success",
-            "Sequences that have ended, by how.",
-            ["model_name", "finished_reason"],
-            registry=self._registry,
+        self._labels = {"model_name": model}
+        self._all: list[Instrument] = []
+        add = self._add
+
+        self._running = add(Gauge("num_requests_running", "Sequences that the engine computes."))
+        self._waiting = add(Gauge("num_requests_waiting", "Sequences that wait for their first step."))
+        self._usage = add(Gauge("kv_cache_usage_perc", "Share of KV blocks that are held; 1 is all."))
+        self._held_tokens = add(Gauge("kv_cache_held_tokens", "Positions that held KV blocks carry."))
+        self._efficiency = add(
+            Gauge("kv_cache_efficiency_perc", "Share of the positions of held KV blocks that carry a token.")
         )
-        self._finished = {reason: finished.labels(model, reason.value) for reason in FinishReason}
+        self._up = add(Gauge("engine_up", "Whether an engine is connected."))
+        self._weight_bytes = add(Gauge("model_weight_bytes", "Size of the weights in the precision served."))
+        self._kv_bytes = add(Gauge("kv_cache_bytes", "Size of the KV cache."))
+
+        self._prefix_queries = add(Counter("prefix_cache_queries", "Prompt tokens looked up in the cache."))
+        self._prefix_hits = add(Counter("prefix_cache_hits", "Prompt tokens found in the cache."))
+        self._preemptions = add(Counter("num_preemptions", "Sequences that gave up their blocks."))
+        self._evictions = add(Counter("kv_cache_evictions", "Cached blocks that were given to others."))
+        self._prompt_tokens = add(Counter("prompt_tokens", "Prompt tokens whose prefill is done."))
+        self._generation_tokens = add(Counter("generation_tokens", "Tokens generated."))
+        self._finished = add(
+            CounterBy(
+                "request_success",
+                "Sequences that have ended, by how.",
+                "finished_reason",
+                list(_FINISHED.values()),
+            )
+        )
+        self._refused = add(
+            CounterBy(
+                "request_refused",
+                "Requests that were not accepted, by why.",
+                "reason",
+                list(map(str, ErrorCode)),
+            )
+        )
+        self._engine_starts = add(Counter("engine_starts", "Engines that came to serve, one after another."))
+        self._busy_s = add(Counter("engine_busy_seconds", "Time that the engine spent in steps."))
+        self._kernel_s = add(Counter("kernel_seconds", "Time of steps that was spent in kernels."))
+
+        self._ttft = add(Histogram("time_to_first_token_seconds", "From request to first token.", _TTFT_S))
+        self._itl = add(Histogram("inter_token_latency_seconds", "From one token to the next.", _TOKEN_S))
+        self._tpot = add(
+            Histogram(
+                "request_time_per_output_token_seconds",
+                "Mean over a sequence's tokens after the first.",
+                _TOKEN_S,
+            )
+        )
+        self._e2e = add(Histogram("e2e_request_latency_seconds", "From request to its ending.", _REQUEST_S))
+        self._queue = add(
+            Histogram("request_queue_time_seconds", "From the engine's inbox to the first step.", _REQUEST_S)
+        )
+        self._prefill = add(
+            Histogram("request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_S)
+        )
+        self._decode = add(
+            Histogram("request_decode_time_seconds", "From the first token to the last.", _REQUEST_S)
+        )
+        self._inference = add(
+            Histogram("request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S)
+        )
+        self._request_prompt = add(Histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS))
+        self._request_output = add(Histogram("request_generation_tokens", "Tokens of a sequence.", _TOKENS))
+        self._params_n = add(Histogram("request_params_n", "Samples that a request asks for.", _SAMPLES))
+        self._params_max_tokens = add(
+            Histogram("request_params_max_tokens", "Tokens that a request asks for at most.", _TOKENS)
+        )
+        self._step_tokens = add(Histogram("iteration_tokens_total", "Tokens in one step.", _STEP_TOKENS))
+        self._step_s = add(Histogram("step_seconds", "One step of the engine.", _STEP_S))
+        self._overhead_s = add(
+            Histogram("step_overhead_seconds", "The part of a step that is not a kernel.", _OVERHEAD_S)
+        )
+
+        add(Info("build_info", "What runs.", {"version": __version__}))
+        self._model_info = add(Info("model_info", "What the engine serves and how it computes."))
+        self._cache_info = add(Info("cache_config_info", "How the KV cache is cut."))
+        self._efficiency.value = 1.0
+        self._positions_per_block = 1
         self._last_totals = _NO_TOTALS
-        self._last_step = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric as it is now."""
+        for instrument in self._all:
+            yield instrument.family(self._labels)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def _add(self, instrument: _Instrument) -> _Instrument:
+        instrument.name = PREFIX + instrument.name
+        self._all.append(instrument)
+        return instrument
 
     # ---- what the gateway observes -------------------------------------------------------------------
 
+    def engine_up(self, info: EngineInfo) -> None:
+        self._up.value = 1.0
+        self._engine_starts.value += 1
+        self._last_totals = _NO_TOTALS  # an engine counts from 0
+        self._weight_bytes.value = info.weight_bytes
+        self._kv_bytes.value = info.num_blocks * info.block_bytes
+        self._positions_per_block = info.block_size
+        self._model_info.facts = {
+            "revision": info.revision,
+            "dtype": info.dtype,
+            "numerics": info.numerics,
+            "batch_invariant": str(info.batch_invariant).lower(),
+            "max_model_len": str(info.max_model_len),
+            "max_num_seqs": str(info.max_num_seqs),
+            "max_num_batched_tokens": str(info.max_num_batched_tokens),
+            "threads": str(info.threads),
+        }
+        self._cache_info.facts = {
+            "block_size": str(info.block_size),
+            "num_blocks": str(info.num_blocks),
+            "block_bytes": str(info.block_bytes),
+            "enable_prefix_caching": str(info.prefix_caching).lower(),
+        }
+
+    def engine_lost(self) -> None:
+        """Nothing runs, waits or is held where there is no engine."""
+        for gauge in (self._up, self._running, self._waiting, self._usage, self._held_tokens):
+            gauge.value = 0.0
+        self._efficiency.value = 1.0
+
     def step(self, stats: StepStats) -> None:
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        total = stats.blocks_free + stats.blocks_cached + stats.blocks_held
-        self._usage.set(stats.blocks_held / total)
-        self._held_tokens.set(stats.held_tokens)
+        self._running.value = stats.running
+        self._waiting.value = stats.waiting
+        held = stats.blocks_held
+        self._usage.value = held / (stats.blocks_free + stats.blocks_cached + held)
+        self._held_tokens.value = stats.held_tokens
+        self._efficiency.value = stats.held_tokens / (held * self._positions_per_block) if held else 1.0
         self._count_totals(stats)
         if stats.rows:
-            self._generation_tokens.inc(stats.sampled)
-            self._step.observe(stats.step_s)
+            self._busy_s.value += stats.step_s
+            self._kernel_s.value += stats.kernel_s
+            self._step_s.observe(stats.step_s)
+            self._overhead_s.observe(stats.step_s - stats.kernel_s)
             self._step_tokens.observe(stats.tokens)
-            self._kernel_s.inc(stats.kernel_s)
 
-    def first_token(self, ttft_s: float) -> None:
+    def accepted(self, request: GenerateRequest) -> None:
+        self._request_prompt.observe(len(request.prompt))
+        self._params_n.observe(request.sampling.n)
+        self._params_max_tokens.observe(request.sampling.max_tokens)
+
+    def refused(self, code: ErrorCode) -> None:
+        self._refused.values[str(code)] += 1
+
+    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self._ttft.observe(ttft_s)
+        self._generation_tokens.value += tokens
+        self._prompt_tokens.value += prompt_tokens
 
     def next_tokens(self, gap_s: float, tokens: int) -> None:
-        for _ in range(tokens):
-            self._itl.observe(gap_s / tokens)
+        self._itl.observe(gap_s / tokens, tokens)
+        self._generation_tokens.value += tokens
 
-    def ended(self, reason: FinishReason, prompt_tokens: int, output_tokens: int, e2e_s: float) -> None:
-        self._finished[reason].inc()
-        self._prompt_tokens.inc(prompt_tokens)
-        self._e2e.observe(e2e_s)
+    def ended(self, ending: Ending) -> None:
+        self._finished.values[_FINISHED[ending.reason]] += 1
+        self._e2e.observe(ending.e2e_s)
+        self._request_output.observe(ending.output_tokens)
+        if (times := ending.times) is None or times.queue_s is None:
+            return
+        self._queue.observe(times.queue_s)
+        if times.prefill_s is None:
+            return
+        self._prefill.observe(times.prefill_s)
+        if times.decode_s is not None and ending.reason in _COMPLETE:
+            self._decode.observe(times.decode_s)
+            self._inference.observe(times.prefill_s + times.decode_s)
+            if ending.output_tokens > 1:
+                self._tpot.observe(times.decode_s / (ending.output_tokens - 1))
 
     def _count_totals(self, stats: StepStats) -> None:
-        """Add what has come to the engine's totals; they and its steps begin at 0 when it starts again."""
-        if stats.step < self._last_step:
-            self._last_totals = _NO_TOTALS
-        self._last_step = stats.step
+        """Add what has come to the engine's totals."""
         totals = (stats.prefix_queries, stats.prefix_hits, stats.preemptions, stats.evictions)
         if totals == self._last_totals:
             return
         counters = (self._prefix_queries, self._prefix_hits, self._preemptions, self._evictions)
         for counter, total, last in zip(counters, totals, self._last_totals, strict=True):
-            counter.inc(total - last)
+            counter.value += total - last
         self._last_totals = totals
-
-    # ---- making them ---------------------------------------------------------------------------------
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"headrace:{name}", text, ["model_name"], registry=self._registry).labels(self._model)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"headrace:{name}", text, ["model_name"], registry=self._registry).labels(self._model)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"headrace:{name}", text, ["model_name"], registry=self._registry, buckets=buckets
-        ).labels(self._model)

@@ -62,6 +62,18 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
 
 
+class SequenceTimes(msgspec.Struct, frozen=True, array_like=True):
+    """How long a sequence spent in each phase, in seconds of the engine's clock; None for one not reached.
+
+    Preempted or not: prefill is from the first time it was scheduled to its first token, decode from there to
+    its ending.
+    """
+
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A worker's first message."""
 
@@ -81,6 +93,8 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
 
     outputs: list[SequenceOutput]
     stats: StepStats | None = None
+    times: list[SequenceTimes] = []
+    """One for each ending among the outputs, in order; none from an engine that has failed."""
 
 
 class Drained(msgspec.Struct, frozen=True, tag=True):

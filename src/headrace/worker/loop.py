@@ -41,6 +41,7 @@ from headrace.protocol.requests import (
     RequestError,
     SequenceOutput,
 )
+from headrace.worker.times import Stopwatch
 from headrace.world import ConnectionLost, World
 
 CONNECT_TIMEOUT_S = 10.0
@@ -83,6 +84,7 @@ class _Worker:
         self._gone = False
         self._draining = False
         self._open: dict[str, set[int]] = {}  # samples of accepted requests that have not ended
+        self._times = Stopwatch()
         self._last_step = 0
         self._evictions = 0
 
@@ -134,7 +136,9 @@ class _Worker:
 
     def _accept(self, request: GenerateRequest) -> None:
         self._world.trace("worker.accept", request.request_id)
-        self._open[request.request_id] = set(range(num_samples(request)))
+        samples = num_samples(request)
+        self._open[request.request_id] = set(range(samples))
+        self._times.arrived(request.request_id, samples, self._world.now())
         self._engine.add(request)
 
     # ---- what goes out -------------------------------------------------------------------------------
@@ -147,11 +151,14 @@ class _Worker:
             await self._say(Outputs(self._failures(error)))
             await self._channel.close()
             raise
-        stats = self._stats(self._world.now() - began)
+        now = self._world.now()
+        stats = self._stats(now - began)
+        self._times.scheduled(self._engine.last_started, began)
+        times = self._times.outputs(outputs, now)
         for output in outputs:
             if output.finish is not None:
                 self._close(output)
-        await self._say(Outputs(outputs, stats))
+        await self._say(Outputs(outputs, stats, times))
 
     async def _say(self, message: FromWorker) -> None:
         """Send, and wait while the gateway reads more slowly than the engine computes."""

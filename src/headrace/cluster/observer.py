@@ -1,0 +1,57 @@
+"""What the gateway tells those who measure.
+
+In: nothing but calls from the gateway, on its event loop. It must not know what becomes of the numbers. Times
+are in seconds: what the gateway saw by its own clock, and what the engine says it took by its own; the two
+clocks are never subtracted from each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.protocol.messages import EngineInfo, SequenceTimes, StepStats
+from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one sample of a request ended."""
+
+    reason: FinishReason
+    request: GenerateRequest
+    index: int
+    output_tokens: int
+    e2e_s: float
+    times: SequenceTimes | None
+    """The engine's own; None for what ended without it."""
+
+
+class GatewayObserver:
+    """Nothing is done with what is told here; those who measure override what they want to know."""
+
+    def engine_up(self, info: EngineInfo) -> None:
+        """An engine dialled in."""
+
+    def engine_lost(self) -> None:
+        """The engine is gone; its requests have ended."""
+
+    def step(self, stats: StepStats) -> None:
+        """A step was committed, or requests ended without one."""
+
+    def accepted(self, request: GenerateRequest) -> None:
+        """A request was handed to the engine."""
+
+    def refused(self, code: ErrorCode) -> None:
+        """A client asked for what the gateway does not accept, or not now."""
+
+    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
+        """A sample's first tokens came so long after its request.
+
+        Prompt tokens are counted with the first sample of a request only.
+        """
+
+    def next_tokens(self, gap_s: float, tokens: int) -> None:
+        """So many further tokens of a sample came so long after those before."""
+
+    def ended(self, ending: Ending) -> None:
+        """A sample ended."""
