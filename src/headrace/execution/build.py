@@ -6,6 +6,7 @@ batch invariance was promised, and the scheduler over it all.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
         block_size=options.block_size,
         num_blocks=pool.num_blocks,
         block_bytes=pool.block_bytes,
-        weight_bytes=files.nbytes,
+        weight_bytes=sum(math.prod(entry.shape) for entry in files.tensors.values()) * kernels.dtype.itemsize,
         prefix_caching=options.prefix_caching,
         threads=options.threads,
         pid=os.getpid(),
