@@ -11,18 +11,16 @@ Times are the least of the repeats: whatever else the machine does only adds to 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace import _native
 from headrace.kernels import AttentionSpec, KVCacheLayer
 from headrace.kernels.batch import Batch
 from headrace.kernels.native import NativeKernels
+from machine import READ_BYTES, read_bandwidth, seconds
 
 BF16 = torch.bfloat16
 LINEAR_SHAPES = {
@@ -34,27 +32,8 @@ LINEAR_SHAPES = {
 }
 ATTENTION_SHAPES = [(1, 1, 512), (1, 1, 4096), (32, 1, 512), (8, 1, 4096), (1, 512, 512), (1, 512, 4096)]
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
-CYCLED_BYTES = 256 << 20
+CYCLED_BYTES = READ_BYTES
 MOST_FLOP = 2e11  # of one repeat
-
-
-def seconds(calls: list[Callable[[], object]], repeats: int) -> float:
-    """The least over `repeats` of the mean time of a call, all calls in turn."""
-    least = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        least = min(least, (time.perf_counter() - start) / len(calls))
-    return least
-
-
-def read_bandwidth(repeats: int) -> float:
-    """Bytes per second at which all threads together read memory once, in huge pages where there are any."""
-    memory = NativeKernels(dtype=BF16).allocate_kv(CYCLED_BYTES >> 21, 1, 1, 1024, 512)
-    memory.fill_(1)
-    size = memory.numel() * memory.itemsize
-    return size / seconds([lambda: _native.read(memory.data_ptr(), size)], repeats)
 
 
 def measure_linear(kernels: NativeKernels, bandwidth: float, repeats: int) -> None:
