@@ -1,13 +1,12 @@
 """A gateway with an engine on this machine: the smallest cluster, which `serve` and `generate` start.
 
 The two meet at a unix socket in a directory that only this user can enter. However the gateway's process
-ends, the engine ends with it.
+ends, the engine ends with it; a directory that a killed gateway left is removed by the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 
 from headrace.cluster.gateway import Gateway
@@ -16,9 +15,7 @@ from headrace.cluster.supervisor import LEAVE_TIMEOUT_S, Supervisor
 from headrace.protocol.messages import EngineInfo
 from headrace.world import World
 from headrace.world.launcher import Launcher
-
-_LONGEST_DIRECTORY = 80
-"""Characters of a temporary directory's path that leave room for a socket's name in 107."""
+from headrace.world.private_directory import PrivateDirectory
 
 
 class LocalEngine:
@@ -35,18 +32,15 @@ class LocalEngine:
         self.gateway = Gateway(world, observer)
         self._supervisor = Supervisor(world, self.gateway, launcher, report=report)
         self._running: asyncio.Task[None] | None = None
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: PrivateDirectory | None = None
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it serves.
 
         Raises StartFailedError when it says that it cannot, EngineLostError when it ends without a word.
         """
-        where = tempfile.gettempdir()
-        self._directory = tempfile.TemporaryDirectory(
-            prefix="headrace-", dir=where if len(where) <= _LONGEST_DIRECTORY else "/tmp"
-        )
-        await self.gateway.listen(f"unix:{self._directory.name}/engine.sock")
+        self._directory = PrivateDirectory("headrace-")
+        await self.gateway.listen(f"unix:{self._directory.path}/engine.sock")
         self._running = asyncio.create_task(self._supervisor.run(), name="supervisor")
         ready = asyncio.create_task(self.gateway.wait_ready(), name="local engine")
         try:
@@ -78,5 +72,5 @@ class LocalEngine:
     def discard(self) -> None:
         """Remove the socket and no more, for a process that is about to end itself."""
         if self._directory is not None:
-            self._directory.cleanup()
+            self._directory.remove()
             self._directory = None
