@@ -1,5 +1,4 @@
-// RMS norm and gated activations: one row at a time, sums in a fixed order within the row.
-#include "functions.h"
+// RMS norm: one row at a time, sums in a fixed order within the row.
 #include "kernels.h"
 #include "parallel.h"
 
@@ -8,23 +7,6 @@ namespace {
 
 // Elements below which a region costs more than it saves.
 constexpr int64_t kGrain = 8192;
-
-template <class T>
-void gated_rows(const GatedArgs& args, int64_t first, int64_t end) {
-  for (int64_t row = first; row < end; ++row) {
-    const T* gate = static_cast<const T*>(args.gate_up) + row * 2 * args.width;
-    const T* up = gate + args.width;
-    T* y = static_cast<T*>(args.y) + row * args.width;
-    if (args.activation == Activation::silu)
-      over_row(args.width, [&](int64_t i, int64_t n) {
-        store_lanes(y + i, silu(load_lanes(gate + i, n)) * load_lanes(up + i, n), n);
-      });
-    else
-      over_row(args.width, [&](int64_t i, int64_t n) {
-        store_lanes(y + i, gelu_tanh(load_lanes(gate + i, n)) * load_lanes(up + i, n), n);
-      });
-  }
-}
 
 }  // namespace
 
@@ -50,15 +32,6 @@ void norm(const NormArgs& args) {
         }
       });
     }
-  });
-}
-
-void gated(const GatedArgs& args) {
-  in_row_ranges(args.rows, kGrain / (4 * (args.width + 1)) + 1, [&](int64_t first, int64_t end) {
-    if (args.type == Type::bf16)
-      gated_rows<bf16>(args, first, end);
-    else
-      gated_rows<float>(args, first, end);
   });
 }
 

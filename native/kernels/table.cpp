@@ -9,7 +9,6 @@ namespace headrace::HEADRACE_LEVEL {
 void pack(const PackArgs&);
 void linear(const LinearArgs&);
 void norm(const NormArgs&);
-void gated(const GatedArgs&);
 void rotate(const RotateArgs&);
 void attention(const AttentionArgs&);
 void gumbel(const GumbelArgs&);
@@ -17,7 +16,6 @@ void uniform(const GumbelArgs&);
 uint64_t read(const ReadArgs&);
 
 extern const KernelTable table;
-const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, gated, rotate, attention, gumbel, uniform,
-                           read};
+const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, rotate, attention, gumbel, uniform, read};
 
 }  // namespace headrace::HEADRACE_LEVEL

@@ -54,9 +54,9 @@ bool has_avx512() {
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 24 & 1) != 0, bf16 = (d >> 22 & 1) != 0;
+  const bool tiles = (d >> 24 & 1) != 0, bf16 = (d >> 22 & 1) != 0, int8 = (d >> 25 & 1) != 0;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return tiles && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return tiles && bf16 && int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 

@@ -7,33 +7,39 @@
 
 namespace headrace {
 
-enum class Type : int { f32 = 0, bf16 = 1 };
+enum class Type : int { f32 = 0, bf16 = 1, int8 = 2 };
 
 // What becomes of a float32 result: stored, rounded and stored, or added to a float32 already there.
 enum class Output : int { f32 = 0, bf16 = 1, add = 2 };
 
-enum class Activation : int { silu = 0, gelu_tanh = 1 };
+// A gated layer's weight holds gate and up, and act(gate) * up is what it gives.
+enum class Gate : int { none = 0, silu = 1, gelu_tanh = 2 };
 
-// Columns of a packed weight come in panels of 32; see linear.cpp.
+// Columns of a packed weight come in panels of 32, those of a gated layer as 16 of gate and the same 16 of up.
 constexpr int64_t kPanel = 32;
+constexpr int64_t kGatedPanel = kPanel / 2;
 
 struct PackArgs {
-  const void* weight;  // [out, in] of `type`, rows `stride` elements apart
+  const void* weight;  // [out, in] of `type`, rows `stride` elements apart; gated: first gate, then up
   int64_t out, in, stride;
   Type type;
-  void* packed;  // packed_bytes(out, in, type)
+  Type packed_type;  // `type` itself, or int8
+  bool gated;
+  void* packed;  // packed_bytes(out, in, packed_type)
 };
 
 struct LinearArgs {
   const void* x;  // [rows, in] of `type`
   int64_t rows, x_stride;
   const void* packed;
-  const float* bias;  // [out rounded up to kPanel], or null
+  const float* bias;  // [out rounded up to kPanel] in the panels' order, or null
   int64_t out, in;
   Type type;
-  void* y;  // [rows, out]
+  Type packed_type;
+  Gate gate;
+  void* y;  // [rows, out], or gated [rows, out / 2]
   int64_t y_stride;
-  Output output;
+  Output output;  // not `add` where gated
 };
 
 struct NormArgs {
@@ -43,14 +49,6 @@ struct NormArgs {
   float eps;
   void* y;
   Output output;
-};
-
-struct GatedArgs {
-  const void* gate_up;  // [rows, 2 * width]
-  int64_t rows, width;
-  Activation activation;
-  Type type;
-  void* y;
 };
 
 // Where a layer's keys and values lie. A page holds, for each of its layers and each kv head, with D the head
@@ -115,7 +113,6 @@ struct KernelTable {
   void (*pack)(const PackArgs&);
   void (*linear)(const LinearArgs&);
   void (*norm)(const NormArgs&);
-  void (*gated)(const GatedArgs&);
   void (*rotate)(const RotateArgs&);
   void (*attention)(const AttentionArgs&);
   void (*gumbel)(const GumbelArgs&);
@@ -128,13 +125,15 @@ static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// The inner dimension is padded to a whole matrix tile in bf16.
+// The inner dimension is padded to a whole matrix tile where there are such: to 64 bytes.
 static inline constexpr int64_t packed_inner(int64_t in, Type type) {
-  return type == Type::bf16 ? round_up(in, 32) : in;
+  return type == Type::bf16 ? round_up(in, 32) : type == Type::int8 ? round_up(in, 64) : in;
 }
 
+// In int8, a float32 scale and an int32 sum of each column follow the panels.
 static inline constexpr int64_t packed_bytes(int64_t out, int64_t in, Type type) {
-  return round_up(out, kPanel) * packed_inner(in, type) * (type == Type::bf16 ? 2 : 4);
+  const int64_t element = type == Type::bf16 ? 2 : type == Type::int8 ? 1 : 4;
+  return round_up(out, kPanel) * (packed_inner(in, type) * element + (type == Type::int8 ? 8 : 0));
 }
 
 static inline constexpr int64_t page_elements(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t block_size) {

@@ -119,17 +119,19 @@ NB_MODULE(_native, m) {
 
   m.def(
       "pack",
-      [](uintptr_t weight, int64_t out, int64_t in, int64_t stride, int type, uintptr_t packed) {
-        kernels().pack({at<const void>(weight), out, in, stride, Type(type), at<void>(packed)});
+      [](uintptr_t weight, int64_t out, int64_t in, int64_t stride, int type, int packed_type, bool gated,
+         uintptr_t packed) {
+        kernels().pack({at<const void>(weight), out, in, stride, Type(type), Type(packed_type), gated,
+                        at<void>(packed)});
       },
       kernel);
 
   m.def(
       "linear",
       [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, uintptr_t bias, int64_t out, int64_t in,
-         int type, uintptr_t y, int64_t y_stride, int output) {
+         int type, int packed_type, int gate, uintptr_t y, int64_t y_stride, int output) {
         kernels().linear({at<const void>(x), rows, x_stride, at<const void>(packed), at<const float>(bias), out, in,
-                          Type(type), at<void>(y), y_stride, Output(output)});
+                          Type(type), Type(packed_type), Gate(gate), at<void>(y), y_stride, Output(output)});
       },
       kernel);
 
@@ -137,13 +139,6 @@ NB_MODULE(_native, m) {
       "rms_norm",
       [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t columns, float eps, uintptr_t y, int output) {
         kernels().norm({at<const float>(x), at<const float>(weight), rows, columns, eps, at<void>(y), Output(output)});
-      },
-      kernel);
-
-  m.def(
-      "gated_activation",
-      [](uintptr_t gate_up, int64_t rows, int64_t width, int activation, int type, uintptr_t y) {
-        kernels().gated({at<const void>(gate_up), rows, width, Activation(activation), Type(type), at<void>(y)});
       },
       kernel);
 

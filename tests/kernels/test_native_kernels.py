@@ -143,29 +143,42 @@ def _gated(gate_up: Tensor, activation: Activation) -> Tensor:
 
 @DTYPES
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated_activation(dtype: torch.dtype, activation: Activation) -> None:
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("inputs", "width"), [(130, 97), (64, 16), (33, 5)])
+def test_gated_linear(
+    dtype: torch.dtype, activation: Activation, with_bias: bool, inputs: int, width: int
+) -> None:
     kernels = KERNELS[dtype]
-    gate_up = (5 * torch.randn(300, 2 * 97)).to(dtype)
-    gate_up[0, :4] = torch.tensor([0.0, 100.0, -100.0, -1e4])
-    found = kernels.gated_activation(gate_up, activation)
+    x, weight = torch.randn(300, inputs).to(dtype), torch.randn(2 * width, inputs)
+    bias = torch.randn(2 * width) if with_bias else None
+    packed = kernels.pack_gated(weight, bias)
+    assert (packed.in_features, packed.out_features) == (inputs, width)
+    found = kernels.gated_linear(x, packed, activation)
+    # Gate and up are what the plain layer gives, rounded; fusing changes no bit of them.
+    gate_up = kernels.linear(x, kernels.pack_linear(weight, bias))
     _close(found, _gated(gate_up, activation), TOLERANCE[dtype])
-    alone = torch.cat([kernels.gated_activation(row.unsqueeze(0), activation) for row in gate_up])
-    assert torch.equal(found, alone)
-    # A lane's place in the row does not matter either: the tail takes the same arithmetic.
-    same = kernels.gated_activation(gate_up[0:1, :1].expand(1, 2 * 37).contiguous(), activation)
-    assert (same == same[0, 0]).all()
+    for rows in (1, 2, 5, 17, 33, 70):
+        assert torch.equal(kernels.gated_linear(x[:rows], packed, activation), found[:rows]), rows
+
+
+def test_gated_linear_refuses_an_odd_weight() -> None:
+    with pytest.raises(ValueError, match="one width"):
+        KERNELS[F32].pack_gated(torch.zeros(7, 4), None)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activations_are_accurate_over_their_whole_range(activation: Activation) -> None:
     gate = torch.cat([torch.linspace(-20, 20, 20001), torch.logspace(-30, 0, 500)])
+    gate = torch.cat([gate, torch.tensor([100.0, -100.0, -1e4])])
     gate_up = torch.cat([gate, torch.ones_like(gate)]).unsqueeze(0)
-    found = KERNELS[F32].gated_activation(gate_up, activation)
+    packed = KERNELS[F32].pack_gated(gate_up.T.contiguous(), None)
+    found = KERNELS[F32].gated_linear(torch.ones(1, 1), packed, activation)
     expected = _gated(gate_up, activation)
     # exp(-2y) carries an error of about 2y units in the last place, and 2y reaches 70 here.
     limit = 6e-7 if activation == "silu" else 2e-5
     shown = expected.abs() > 1e-30
     assert ((found - expected) / expected)[shown].abs().max() < limit
+    assert (found[~shown].abs() < 1e-30).all()
 
 
 # ---- attention ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels import AttentionSpec, KVCacheLayer
+from headrace.kernels import Activation, AttentionSpec, KVCacheLayer
 from headrace.kernels.batch import Batch
 from headrace.kernels.reference import TorchKernels
 
@@ -71,12 +71,15 @@ def test_rms_norm(kernels: TorchKernels) -> None:
 
 @BOTH
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated_activation(kernels: TorchKernels, activation: str) -> None:
-    gate_up = 3 * torch.randn(4, 2 * 19)
+def test_gated_linear(kernels: TorchKernels, activation: Activation) -> None:
+    x, weight, bias = torch.randn(4, 23), torch.randn(2 * 19, 23), torch.randn(2 * 19)
+    gate_up = x.double() @ weight.double().T + bias
     gate, up = gate_up.double().chunk(2, -1)
     cubic = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     act = gate / (1 + (-gate).exp()) if activation == "silu" else 0.5 * gate * (1 + cubic.tanh())
-    _close(kernels.gated_activation(gate_up, activation), act * up)
+    packed = kernels.pack_gated(weight, bias)
+    assert (packed.in_features, packed.out_features) == (23, 19)
+    _close(kernels.gated_linear(x, packed, activation), act * up)
 
 
 def test_no_rows_are_no_error() -> None:
@@ -228,13 +231,13 @@ def test_rows_have_the_same_bits_alone_and_together(dtype: torch.dtype) -> None:
     kernels = TorchKernels(dtype=dtype, batch_invariant=True)
     x = torch.randn(53, 72)
     norm = torch.rand(72)
-    up = kernels.pack_linear(torch.randn(2 * 50, 72), torch.randn(2 * 50))
+    up = kernels.pack_gated(torch.randn(2 * 50, 72), torch.randn(2 * 50))
     down = kernels.pack_linear(torch.randn(72, 50), None)
 
     def block(rows: Tensor) -> Tensor:
         total = rows.clone()
-        gate_up = kernels.linear(kernels.rms_norm(rows, norm, 1e-6), up)
-        gated = kernels.gated_activation(gate_up, "silu") + kernels.gated_activation(gate_up, "gelu_tanh")
+        normed = kernels.rms_norm(rows, norm, 1e-6)
+        gated = kernels.gated_linear(normed, up, "silu") + kernels.gated_linear(normed, up, "gelu_tanh")
         return kernels.linear(gated, down, add_to=total)
 
     together = block(x)
@@ -243,12 +246,13 @@ def test_rows_have_the_same_bits_alone_and_together(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_an_activation_that_two_threads_share_has_the_bits_of_each_row_alone(activation: str) -> None:
+def test_an_activation_that_two_threads_share_has_the_bits_of_each_row_alone(activation: Activation) -> None:
     """Torch would cut 701 rows of 61 in the middle of row 350, and round that row's elements another way."""
     kernels = TorchKernels(dtype=torch.float32, batch_invariant=True, threads=2)
-    gate_up = 3 * torch.randn(701, 2 * 61)
-    together = kernels.gated_activation(gate_up, activation)
-    alone = [kernels.gated_activation(row[None], activation) for row in gate_up]
+    packed = kernels.pack_gated(torch.randn(2 * 61, 40), None)
+    x = torch.randn(701, 40)
+    together = kernels.gated_linear(x, packed, activation)
+    alone = [kernels.gated_linear(row[None], packed, activation) for row in x]
     assert torch.equal(torch.cat(alone), together)
 
 

@@ -1,5 +1,5 @@
 """The operations of a decoder behind one interface, the batch they work on, and their implementations."""
 
-from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import Activation, AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
 
-__all__ = ["Activation", "AttentionSpec", "KVCacheLayer", "Kernels", "Linear"]
+__all__ = ["Activation", "AttentionSpec", "GatedLinear", "KVCacheLayer", "Kernels", "Linear"]

@@ -30,6 +30,13 @@ class Linear(ABC):
     out_features: int
 
 
+class GatedLinear(ABC):
+    """The projections gate and up of one input, both [ffn, in], packed as one, with their optional biases."""
+
+    in_features: int
+    out_features: int
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheLayer:
     """Where one layer keeps its keys and values.
@@ -111,8 +118,15 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """gate_up [T, 2 * ffn] of `dtype`, gate first → act(gate) * up, [T, ffn] of `dtype`."""
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> GatedLinear:
+        """Pack weight [2 * ffn, in] and bias [2 * ffn], rows of gate before those of up, once, at load."""
+
+    @abstractmethod
+    def gated_linear(self, x: Tensor, packed: GatedLinear, activation: Activation) -> Tensor:
+        """x [T, in] of `dtype` → act(gate(x)) * up(x), [T, ffn] of `dtype`.
+
+        gate(x) and up(x) are rounded to `dtype` as `linear` would, the rest is float32 until the end.
+        """
 
     @abstractmethod
     def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from headrace import _native
-from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import Activation, AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
 from headrace.kernels.batch import Batch
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ADD = 2
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+_NO_GATE = 0
+_GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
 
 _HUGE_PAGE_BYTES = 2 << 20
 _ARENA_BYTES = 64 << 20
@@ -36,15 +37,28 @@ def multiplies_bfloat16() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NativeLinear(Linear):
-    """packed: bytes of the panels. bias: [out, padded to a whole panel] float32."""
+class _Packed:
+    """packed: bytes of the panels, of `type`. bias: [columns of the panels] float32, in their order."""
 
     packed: Tensor
     bias: Tensor | None
     in_features: int
     out_features: int
+    type: int
     address: int
     bias_address: int
+
+
+class NativeLinear(_Packed, Linear):
+    """A linear layer in panels."""
+
+    __slots__ = ()
+
+
+class NativeGatedLinear(_Packed, GatedLinear):
+    """A gated layer in panels that hold columns of gate beside the same columns of up."""
+
+    __slots__ = ()
 
 
 class NativeKernels(Kernels):
@@ -88,23 +102,64 @@ class NativeKernels(Kernels):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         outputs, inputs = weight.shape
-        source = weight.detach().to(self.dtype).contiguous()
-        packed = self._arena.take(_native.packed_bytes(outputs, inputs, self._type))
-        _native.pack(source.data_ptr(), outputs, inputs, source.stride(0), self._type, packed.data_ptr())
+        packed = self._pack(weight, gated=False)
+        padded = None if bias is None else _in_whole(bias.to(torch.float32), _native.PANEL)
+        return NativeLinear(packed, padded, inputs, outputs, self._type, packed.data_ptr(), _address(padded))
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> NativeGatedLinear:
+        outputs, inputs = weight.shape
+        if outputs % 2:
+            raise ValueError(f"a gated weight has {outputs} rows; gate and up must be of one width")
+        packed = self._pack(weight, gated=True)
         padded = None
         if bias is not None:
-            padded = torch.zeros(-(-outputs // _native.PANEL) * _native.PANEL)
-            padded[:outputs] = bias
-        return NativeLinear(
-            packed, padded, inputs, outputs, packed.data_ptr(), 0 if padded is None else padded.data_ptr()
+            half = _native.PANEL // 2
+            gate, up = (_in_whole(part, half).view(-1, half) for part in bias.to(torch.float32).chunk(2))
+            padded = torch.cat([gate, up], dim=1).flatten()
+        return NativeGatedLinear(
+            packed, padded, inputs, outputs // 2, self._type, packed.data_ptr(), _address(padded)
         )
+
+    def _pack(self, weight: Tensor, *, gated: bool) -> Tensor:
+        outputs, inputs = weight.shape
+        source = weight.detach().to(self.dtype).contiguous()
+        packed = self._arena.take(_native.packed_bytes(outputs, inputs, self._type))
+        _native.pack(
+            source.data_ptr(),
+            outputs,
+            inputs,
+            source.stride(0),
+            self._type,
+            self._type,
+            gated,
+            packed.data_ptr(),
+        )
+        return packed
 
     def linear(
         self, x: Tensor, packed: Linear, *, out_dtype: torch.dtype | None = None, add_to: Tensor | None = None
     ) -> Tensor:
         assert isinstance(packed, NativeLinear)
+        shape = (x.shape[0], packed.out_features)
+        if add_to is None:
+            result = torch.empty(shape, dtype=out_dtype or self.dtype)
+            output = _TYPES[result.dtype]
+        else:
+            result = _float32(add_to, "add_to", shape)
+            output = _ADD
+        self._multiply(x, packed, packed.out_features, _NO_GATE, result, output)
+        return result
+
+    def gated_linear(self, x: Tensor, packed: GatedLinear, activation: Activation) -> Tensor:
+        assert isinstance(packed, NativeGatedLinear)
+        result = torch.empty((x.shape[0], packed.out_features), dtype=self.dtype)
+        self._multiply(x, packed, 2 * packed.out_features, _GATES[activation], result, self._type)
+        return result
+
+    def _multiply(
+        self, x: Tensor, packed: _Packed, outputs: int, gate: int, result: Tensor, output: int
+    ) -> None:
         rows, inputs = x.shape
-        outputs = packed.out_features
         if inputs != packed.in_features or x.dtype is not self.dtype:
             raise ValueError(
                 f"x is [{rows}, {inputs}] {x.dtype}; this layer takes [tokens, {packed.in_features}] "
@@ -114,12 +169,6 @@ class NativeKernels(Kernels):
         if column_stride != 1:
             x = x.contiguous()
             row_stride = inputs
-        if add_to is None:
-            result = torch.empty((rows, outputs), dtype=out_dtype or self.dtype)
-            output = _TYPES[result.dtype]
-        else:
-            result = _float32(add_to, "add_to", (rows, outputs))
-            output = _ADD
         _native.linear(
             x.data_ptr(),
             rows,
@@ -129,11 +178,12 @@ class NativeKernels(Kernels):
             outputs,
             inputs,
             self._type,
+            packed.type,
+            gate,
             result.data_ptr(),
-            outputs,
+            packed.out_features,
             output,
         )
-        return result
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, add_to: Tensor | None = None) -> Tensor:
         rows, columns = x.shape
@@ -146,22 +196,6 @@ class NativeKernels(Kernels):
             result = _float32(add_to, "add_to", (rows, columns))
             output = _ADD
         _native.rms_norm(x.data_ptr(), weight.data_ptr(), rows, columns, eps, result.data_ptr(), output)
-        return result
-
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        rows, columns = gate_up.shape
-        self._check(gate_up, "gate_up")
-        if columns % 2:
-            raise ValueError(f"gate_up has {columns} columns; gate and up must be of one width")
-        result = torch.empty((rows, columns // 2), dtype=self.dtype)
-        _native.gated_activation(
-            gate_up.data_ptr(),
-            rows,
-            columns // 2,
-            _ACTIVATIONS[activation],
-            self._type,
-            result.data_ptr(),
-        )
         return result
 
     def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
@@ -277,6 +311,15 @@ def _float32(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
             "float32"
         )
     return x
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _in_whole(x: Tensor, size: int) -> Tensor:
+    """x [n] with zeros to the next multiple of `size`."""
+    return torch.nn.functional.pad(x, (0, -x.shape[0] % size))
 
 
 class _Arena:

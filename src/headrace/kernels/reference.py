@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.base import Activation, AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import Activation, AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
 from headrace.kernels.batch import Batch
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -46,6 +46,15 @@ class TorchLinear(Linear):
 
     weight: Tensor
     bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchGatedLinear(GatedLinear):
+    """Gate and up as one layer of twice the width."""
+
+    both: TorchLinear
     in_features: int
     out_features: int
 
@@ -117,8 +126,15 @@ class TorchKernels(Kernels):
         result = self._by_row(lambda rows: _rms_norm(rows, weight, eps), x)
         return result.to(self.dtype) if add_to is None else add_to.add_(result)
 
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> TorchGatedLinear:
+        return TorchGatedLinear(self.pack_linear(weight, bias), weight.shape[1], weight.shape[0] // 2)
+
+    def gated_linear(self, x: Tensor, packed: GatedLinear, activation: Activation) -> Tensor:
+        assert isinstance(packed, TorchGatedLinear)
+        return self._gated(self.linear(x, packed.both), activation)
+
     @_timed
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def _gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         def gated(rows: Tensor) -> Tensor:
             gate, up = rows.chunk(2, dim=-1)
             act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.base import AttentionSpec, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
 from headrace.kernels.batch import Batch
 from headrace.models.config import ModelConfig
 from headrace.models.kv_groups import KVGroup
@@ -28,7 +28,7 @@ class DecoderLayer:
     attention_post_norm, ffn_post_norm: [hidden] float32, on their outputs, or None
     q_norm, k_norm:                     [head_dim] float32 or None
     qkv:      hidden → (heads + 2 * kv_heads) * head_dim, queries first, then keys, then values
-    gate_up:  hidden → 2 * ffn, gate first
+    gate_up:  hidden → ffn, gate and up in one
     cos_sin:  [max_model_len, head_dim] float32, shared between layers of a kind
     """
 
@@ -39,7 +39,7 @@ class DecoderLayer:
     output: Linear
     attention_post_norm: Tensor | None
     ffn_norm: Tensor
-    gate_up: Linear
+    gate_up: GatedLinear
     down: Linear
     ffn_post_norm: Tensor | None
     attention: AttentionSpec
@@ -127,7 +127,7 @@ class Decoder:
     def _feed_forward(self, hidden: Tensor, layer: DecoderLayer) -> None:
         kernels = self.kernels
         normed = kernels.rms_norm(hidden, layer.ffn_norm, self.config.norm_eps)
-        gated = kernels.gated_activation(kernels.linear(normed, layer.gate_up), self.config.activation)
+        gated = kernels.gated_linear(normed, layer.gate_up, self.config.activation)
         self._add_projection(hidden, gated, layer.down, layer.ffn_post_norm)
 
     def _add_projection(

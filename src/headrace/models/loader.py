@@ -196,7 +196,7 @@ class _Loader:
             output=self._pack(parts.output),
             attention_post_norm=self._load_optional_norm(parts.attention_post_norm),
             ffn_norm=self._load_norm(parts.ffn_norm),
-            gate_up=self._pack(parts.gate_up),
+            gate_up=self._kernels.pack_gated(*self._load_fused(parts.gate_up)),
             down=self._pack(parts.down),
             ffn_post_norm=self._load_optional_norm(parts.ffn_post_norm),
             attention=AttentionSpec(
@@ -211,9 +211,12 @@ class _Loader:
         )
 
     def _pack(self, fused: FusedParts) -> Linear:
+        return self._kernels.pack_linear(*self._load_fused(fused))
+
+    def _load_fused(self, fused: FusedParts) -> tuple[Tensor, Tensor | None]:
         weight = self._checkpoint.load(fused.weights, WHOLE, self._kernels.dtype)
         bias = self._checkpoint.load(fused.biases, WHOLE, torch.float32) if fused.biases else None
-        return self._kernels.pack_linear(weight, bias)
+        return weight, bias
 
     def _load_norm(self, part: Part) -> Tensor:
         return self._checkpoint.load([part], WHOLE, torch.float32) + self._config.norm_offset
