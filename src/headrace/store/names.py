@@ -11,9 +11,7 @@ from pathlib import Path
 from .builtin import BUILTIN_MODELS, PullListener, pull
 from .errors import ModelNotFoundError
 from .files import ModelFiles, open_model
-from .gguf_file import open_gguf
-from .gguf_import import IMPORT_FORMAT, convert_gguf
-from .home import check_name, install, installed, models_dir, provenance
+from .home import IMPORT_FORMAT, check_name, install, installed, models_dir, provenance
 from .hub import fetch
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,6 +61,8 @@ def import_gguf(path: Path, name: str | None = None, listener: PullListener | No
         return record.get("import_format") == IMPORT_FORMAT and record.get("content_key") == key
 
     def build(directory: Path) -> None:
+        from .gguf_import import convert_gguf  # slow to load, and seldom needed
+
         listener.stage("convert")
         origin = {"source": str(path.resolve()), "content_key": key}
         convert_gguf(path, directory, origin, listener.progress)
@@ -72,6 +72,8 @@ def import_gguf(path: Path, name: str | None = None, listener: PullListener | No
 
 def _content_key(path: Path) -> str:
     """Names a file's content without reading all of it: its header, its size and when it was last written."""
+    from .gguf_file import open_gguf
+
     status = path.stat()
     parts = (open_gguf(path).header_digest, str(status.st_size), str(status.st_mtime_ns))
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
