@@ -17,7 +17,6 @@ from .gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from .gguf_weights import converted_bytes, write_weights
 from .home import IMPORT_FORMAT, PROVENANCE
 
-
 _SPARE_BYTES: Final = 100_000_000
 """Room asked for beyond the weights: a large vocabulary's tokenizer.json takes up to 40 MB."""
 
