@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
     parser.add_argument("--kernels", default="auto", choices=["auto", "native", "reference"])
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--threads", type=int, default=None)
@@ -85,6 +86,7 @@ def main() -> None:
         directory=str(files.directory),
         served_name=files.name,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         kernels=arguments.kernels,
         batch_invariant=arguments.batch_invariant,
         threads=arguments.threads or usable_cores(),

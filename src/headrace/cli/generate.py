@@ -21,6 +21,7 @@ from headrace.cli.options import (
     MaxModelLen,
     MaxNumSeqs,
     Model,
+    QuantizationOption,
     Threads,
 )
 from headrace.config import EngineOptions, parse_size
@@ -47,6 +48,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeats an output.", show_default="random")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     dtype: DtypeOption = DEFAULTS.dtype,
+    quantization: QuantizationOption = DEFAULTS.quantization,
     threads: Threads = DEFAULTS.threads,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = DEFAULTS.max_num_seqs,
@@ -67,6 +69,7 @@ def generate(
             directory=str(files.directory),
             served_name=files.name,
             dtype=dtype,
+            quantization=quantization,
             threads=threads,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

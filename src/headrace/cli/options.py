@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from headrace.config import Dtype, EngineOptions, format_size
-from headrace.config.engine import usable_cores
+from headrace.config.engine import Quantization, usable_cores
 
 DEFAULTS = EngineOptions(directory="", served_name="")
 DEFAULT_KV_CACHE_MEMORY = format_size(DEFAULTS.kv_cache_memory).replace(" ", "")
@@ -17,6 +17,12 @@ Model = Annotated[
     str, typer.Argument(help="A name, a directory, a GGUF file, or a hub id.", show_default=False)
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of weights and KV cache.")]
+QuantizationOption = Annotated[
+    Quantization,
+    typer.Option(
+        "--quantization", help="Of weights: int8 reads half of bfloat16's bytes, and loses a little."
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", min=1, help="Cores to compute on.", show_default=f"{usable_cores()}, all")
 ]

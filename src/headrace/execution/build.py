@@ -51,6 +51,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
     kernels, said = choose_kernels(
         options.kernels,
         dtype=options.dtype,
+        quantization=options.quantization,
         batch_invariant=options.batch_invariant,
         threads=options.threads,
     )

@@ -22,6 +22,11 @@ from headrace.kernels.batch import Batch
 
 Activation = Literal["silu", "gelu_tanh"]
 
+Quantization = Literal["none", "int8"]
+"""Of packed weights. int8: one scale for each output, and one for each row of the input as it comes; products
+are summed as integers.
+"""
+
 
 class Linear(ABC):
     """A weight [out, in] packed for fast reading, with its optional bias [out]."""
@@ -76,6 +81,7 @@ class Kernels(ABC):
 
     name: str
     dtype: torch.dtype
+    quantization: Quantization
     batch_invariant: bool
 
     @property
@@ -90,13 +96,13 @@ class Kernels(ABC):
 
     @abstractmethod
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Pack weight [out, in] (any float dtype) and bias [out] once, at load."""
+        """Pack weight [out, in] (any float dtype) and bias [out] once, at load, quantised as said."""
 
     @abstractmethod
     def linear(
         self, x: Tensor, packed: Linear, *, out_dtype: torch.dtype | None = None, add_to: Tensor | None = None
     ) -> Tensor:
-        """x [T, in] of `dtype` → x · weightᵀ + bias [T, out], accumulated in float32.
+        """x [T, in] of `dtype` → x · weightᵀ + bias [T, out], accumulated in float32 or, of int8, exactly.
 
         The result has `out_dtype` (default `dtype`; float32 for logits and for Gemma's post-norms).
         With `add_to` [T, out] float32 it is added to that tensor in place, unrounded, and that tensor is

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from headrace.config.engine import Dtype, KernelLibrary
+from headrace.config.engine import Dtype, KernelLibrary, Quantization
 from headrace.kernels.base import Kernels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -17,7 +17,12 @@ class KernelsUnavailableError(ValueError):
 
 
 def choose_kernels(
-    library: KernelLibrary, *, dtype: Dtype, batch_invariant: bool, threads: int
+    library: KernelLibrary,
+    *,
+    dtype: Dtype,
+    quantization: Quantization,
+    batch_invariant: bool,
+    threads: int,
 ) -> tuple[Kernels, str]:
     """The kernels to use, imported now, and in words what was decided.
 
@@ -34,15 +39,20 @@ def choose_kernels(
         from headrace.kernels.reference import TorchKernels
 
         chosen = torch.float32 if dtype == "auto" else _DTYPES[dtype]
-        kernels: Kernels = TorchKernels(dtype=chosen, batch_invariant=batch_invariant, threads=threads)
-        return kernels, f"{_name(chosen)}, reference kernels in torch: slow, for comparison"
+        kernels: Kernels = TorchKernels(
+            dtype=chosen, quantization=quantization, batch_invariant=batch_invariant, threads=threads
+        )
+        return kernels, f"{_name(chosen, quantization)}, reference kernels in torch: slow, for comparison"
 
     from headrace.kernels.native import NativeKernels, multiplies_bfloat16
 
     chosen = _DTYPES.get(dtype, torch.bfloat16 if multiplies_bfloat16() else torch.float32)
-    native = NativeKernels(dtype=chosen, batch_invariant=batch_invariant, threads=threads)
-    return native, f"{_name(chosen)}, native kernels for {native.isa}, {threads} threads"
+    native = NativeKernels(
+        dtype=chosen, quantization=quantization, batch_invariant=batch_invariant, threads=threads
+    )
+    return native, f"{_name(chosen, quantization)}, native kernels for {native.isa}, {threads} threads"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype, quantization: Quantization) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{quantization} weights, {name} beside them"

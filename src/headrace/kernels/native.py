@@ -18,10 +18,20 @@ import torch
 from torch import Tensor
 
 from headrace import _native
-from headrace.kernels.base import Activation, AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import (
+    Activation,
+    AttentionSpec,
+    GatedLinear,
+    Kernels,
+    KVCacheLayer,
+    Linear,
+    Quantization,
+)
 from headrace.kernels.batch import Batch
+from headrace.kernels.int8 import check_inputs
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INT8 = 2
 _ADD = 2
 _NO_GATE = 0
 _GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
@@ -65,6 +75,7 @@ class NativeKernels(Kernels):
     """The kernels of `headrace._native`.
 
     dtype:           float32 or bfloat16; any processor computes both
+    quantization:    of all packed weights
     batch_invariant: kept whether asked for or not
     threads:         of the pool that all native kernels of the process share; torch's own pool is then set to
                      one thread, since it would compete for the same cores. None leaves both as they are.
@@ -73,7 +84,12 @@ class NativeKernels(Kernels):
     name = "native"
 
     def __init__(
-        self, *, dtype: torch.dtype, batch_invariant: bool = True, threads: int | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
+        batch_invariant: bool = True,
+        threads: int | None = None,
     ) -> None:
         if dtype not in _TYPES:
             raise ValueError(f"dtype is {dtype}; the native kernels support torch.float32 and torch.bfloat16")
@@ -81,8 +97,10 @@ class NativeKernels(Kernels):
             _native.set_threads(threads)
             torch.set_num_threads(1)
         self.dtype = dtype
+        self.quantization = quantization
         self.batch_invariant = True
         self._type = _TYPES[dtype]
+        self._packed_type = _INT8 if quantization == "int8" else self._type
         self._arena = _Arena()
         self._busy_before_s = _native.busy_s()
 
@@ -93,7 +111,8 @@ class NativeKernels(Kernels):
 
     @property
     def numerics(self) -> str:
-        return f"{self.name}-{self.isa}"
+        name = f"{self.name}-{self.isa}"
+        return name if self.quantization == "none" else f"{name}-{self.quantization}"
 
     @property
     def busy_s(self) -> float:
@@ -104,7 +123,9 @@ class NativeKernels(Kernels):
         outputs, inputs = weight.shape
         packed = self._pack(weight, gated=False)
         padded = None if bias is None else _in_whole(bias.to(torch.float32), _native.PANEL)
-        return NativeLinear(packed, padded, inputs, outputs, self._type, packed.data_ptr(), _address(padded))
+        return NativeLinear(
+            packed, padded, inputs, outputs, self._packed_type, packed.data_ptr(), _address(padded)
+        )
 
     def pack_gated(self, weight: Tensor, bias: Tensor | None) -> NativeGatedLinear:
         outputs, inputs = weight.shape
@@ -117,20 +138,22 @@ class NativeKernels(Kernels):
             gate, up = (_in_whole(part, half).view(-1, half) for part in bias.to(torch.float32).chunk(2))
             padded = torch.cat([gate, up], dim=1).flatten()
         return NativeGatedLinear(
-            packed, padded, inputs, outputs // 2, self._type, packed.data_ptr(), _address(padded)
+            packed, padded, inputs, outputs // 2, self._packed_type, packed.data_ptr(), _address(padded)
         )
 
     def _pack(self, weight: Tensor, *, gated: bool) -> Tensor:
         outputs, inputs = weight.shape
+        if self._packed_type == _INT8:
+            check_inputs(inputs)
         source = weight.detach().to(self.dtype).contiguous()
-        packed = self._arena.take(_native.packed_bytes(outputs, inputs, self._type))
+        packed = self._arena.take(_native.packed_bytes(outputs, inputs, self._packed_type))
         _native.pack(
             source.data_ptr(),
             outputs,
             inputs,
             source.stride(0),
             self._type,
-            self._type,
+            self._packed_type,
             gated,
             packed.data_ptr(),
         )

@@ -28,8 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.base import Activation, AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
+from headrace.kernels.base import (
+    Activation,
+    AttentionSpec,
+    GatedLinear,
+    Kernels,
+    KVCacheLayer,
+    Linear,
+    Quantization,
+)
 from headrace.kernels.batch import Batch
+from headrace.kernels.int8 import TorchInt8Linear, multiply_int8, pack_int8
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -54,7 +63,7 @@ class TorchLinear(Linear):
 class TorchGatedLinear(GatedLinear):
     """Gate and up as one layer of twice the width."""
 
-    both: TorchLinear
+    both: TorchLinear | TorchInt8Linear
     in_features: int
     out_features: int
 
@@ -82,13 +91,19 @@ class TorchKernels(Kernels):
     name = "reference"
 
     def __init__(
-        self, *, dtype: torch.dtype, batch_invariant: bool = False, threads: int | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
+        batch_invariant: bool = False,
+        threads: int | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; the reference kernels support torch.float32, torch.bfloat16")
         if threads is not None:
             torch.set_num_threads(threads)
         self.dtype = dtype
+        self.quantization = quantization
         self.batch_invariant = batch_invariant
         self._busy_s = 0.0
 
@@ -96,13 +111,16 @@ class TorchKernels(Kernels):
     def numerics(self) -> str:
         # torch's libraries choose their loops by the processor, and split sums by the number of threads.
         capability = torch.backends.cpu.get_cpu_capability().lower()
-        return f"{self.name}-{_processor()}-{capability}-{torch.get_num_threads()}-threads"
+        name = f"{self.name}-{_processor()}-{capability}-{torch.get_num_threads()}-threads"
+        return name if self.quantization == "none" else f"{name}-{self.quantization}"
 
     @property
     def busy_s(self) -> float:
         return self._busy_s
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> TorchLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> TorchLinear | TorchInt8Linear:
+        if self.quantization == "int8":
+            return pack_int8(weight.to(self.dtype), bias)
         return TorchLinear(
             weight.to(self.dtype).to(torch.float32).contiguous(),
             None if bias is None else bias.to(torch.float32),
@@ -114,9 +132,12 @@ class TorchKernels(Kernels):
     def linear(
         self, x: Tensor, packed: Linear, *, out_dtype: torch.dtype | None = None, add_to: Tensor | None = None
     ) -> Tensor:
-        assert isinstance(packed, TorchLinear)
-        weight, bias = packed.weight, packed.bias
-        result = self._in_tiles(lambda rows: F.linear(rows, weight, bias), x.to(torch.float32))
+        if isinstance(packed, TorchInt8Linear):
+            result = multiply_int8(x, packed)
+        else:
+            assert isinstance(packed, TorchLinear)
+            weight, bias = packed.weight, packed.bias
+            result = self._in_tiles(lambda rows: F.linear(rows, weight, bias), x.to(torch.float32))
         if add_to is not None:
             return add_to.add_(result)
         return result.to(out_dtype or self.dtype)
