@@ -32,7 +32,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Dtype = "auto"
     """Of weights, activations and KV cache; auto is bfloat16 where the processor computes in it."""
     quantization: Quantization = "none"
-    """Of the weights of linear layers. int8 reads half the bytes of bfloat16; docs/cpu.md says what it loses."""
+    """Of the weights of linear layers; int8 is half the bytes of bfloat16 at a loss docs/cpu.md states."""
     threads: int = msgspec.field(default_factory=usable_cores)
     max_model_len: int | None = None
     """Prompt and output together; None is what the model was trained for, or what the KV cache holds."""
