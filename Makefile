@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: help demo serve test test-sim lint format bench clean
+.PHONY: help demo serve test test-sim lint format bench soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: $(VENV)/.dev ## let ruff format the code
 
 bench: $(VENV)/.dev ## tokens per second at batch sizes 1, 8 and 32, and the share of a step that is not a kernel
 	@$(BIN)/python benchmarks/engine.py
+
+soak: $(VENV)/.dev ## 10,000 requests at the highest rate the server holds, some cut off, some malformed
+	@$(BIN)/python benchmarks/soak.py
 
 clean: ## remove what the targets made here (models in the cache stay)
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis
