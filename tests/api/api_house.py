@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from headrace.api import ServedModel, Server, create_app
 from headrace.api.http import HttpServer, bind
 from headrace.cluster import Gateway
+from headrace.config import ServingOptions
 from headrace.engine import Engine
 from headrace.observe import Metrics
 from headrace.protocol.requests import GenerateRequest, SamplingParams
@@ -61,7 +62,7 @@ def byte_tokenizer() -> Tokenizer:
 class ApiHouse:
     """A server in a thread of its own, from `start` to `stop`; calls come from the test's thread."""
 
-    def __init__(self, shape: EngineShape | None = None, *, api_key: str | None = None) -> None:
+    def __init__(self, shape: EngineShape | None = None, *, serving: ServingOptions | None = None) -> None:
         self.shape = shape or EngineShape(
             max_model_len=512,
             vocab_size=VOCAB_SIZE,
@@ -70,7 +71,7 @@ class ApiHouse:
             num_blocks=2000,
         )
         self.tokenizer = byte_tokenizer()
-        self.api_key = api_key
+        self.serving = serving or ServingOptions()
         self.failure: BaseException | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="api house")
@@ -167,7 +168,7 @@ class ApiHouse:
             self.engine, info = self.shape.build()
             await self._dial(info)
             model = ServedModel("hash", self.tokenizer, ChatTemplate(TEMPLATE))
-            server = Server(self.gateway, model, self.metrics, random.Random(0), self.api_key)
+            server = Server(self.gateway, model, self.metrics, random.Random(0), self.serving)
             bound = bind("127.0.0.1", 0)
             self.port = bound.getsockname()[1]
             http = HttpServer(create_app(server), bound)

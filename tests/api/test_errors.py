@@ -15,6 +15,7 @@ from house import EngineShape
 from headrace.api import ServedModel, Server, create_app
 from headrace.api.errors import ApiError
 from headrace.cluster import Gateway
+from headrace.config import ApiKey, ServingOptions
 from headrace.observe import Metrics
 from headrace.text import ChatTemplate
 from headrace.world import real_world
@@ -61,7 +62,50 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (CHAT, {**HELLO, "n": 0}, "n", "from 1 to 64"),
         (CHAT, {**HELLO, "n": 1.5}, "n", "integer"),
         (CHAT, {**HELLO, "n": True}, "n", "integer"),
-        (CHAT, {**HELLO, "max_tokens": 0}, "max_tokens", "from 1"),
+        (CHAT, {**HELLO, "max_tokens": 0}, "max_tokens", "must be at least 1, got 0"),
+        (CHAT, {**HELLO, "max_completion_tokens": -5}, "max_tokens", "must be at least 1, got -5"),
+        (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens", "must be at least 1"),
+        (
+            CHAT,
+            {"messages": [{"role": "wizard", "content": "a"}]},
+            "messages[0].role",
+            "the roles are system",
+        ),
+        (CHAT, {**HELLO, "stream": "yes"}, "stream", "valid boolean"),
+        (CHAT, {**HELLO, "model": 5}, "model", "valid string"),
+        (CHAT, {**HELLO, "top_p": 1.01}, "top_p", "at most 1"),
+        (CHAT, {**HELLO, "top_p": -0.1}, "top_p", "above 0"),
+        (CHAT, {**HELLO, "min_p": 1.5}, "min_p", "from 0.0 to 1.0"),
+        (CHAT, {**HELLO, "n": 1 << 40}, "n", "from 1 to 64"),
+        (CHAT, {**HELLO, "n": 65}, "n", "from 1 to 64"),
+        (CHAT, {**HELLO, "presence_penalty": 2.5}, "presence_penalty", "from -2.0 to 2.0"),
+        (CHAT, {**HELLO, "frequency_penalty": -3}, "frequency_penalty", "from -2.0 to 2.0"),
+        (CHAT, {**HELLO, "repetition_penalty": 0}, "repetition_penalty", "above 0 and at most 100"),
+        (CHAT, {**HELLO, "logit_bias": {"5": 101}}, "logit_bias", "from -100.0 to 100.0"),
+        (CHAT, {**HELLO, "prompt_logprobs": 21}, "prompt_logprobs", "from 0 to 20"),
+        (CHAT, {**HELLO, "stop": [""]}, "stop", "1 to 1024"),
+        (CHAT, {**HELLO, "stop": "x" * 1025}, "stop", "1 to 1024"),
+        (CHAT, {**HELLO, "cache_salt": "x" * 257}, "cache_salt", "the limit is 256"),
+        (CHAT, {**HELLO, "timeout": 0}, "timeout", "greater than 0"),
+        (CHAT, {**HELLO, "timeout": "1s"}, "timeout", "valid number"),
+        (CHAT, {**HELLO, "guided_json": {}}, "guided_json", "not served"),
+        (CHAT, {**HELLO, "chat_template": "x"}, "chat_template", "not served"),
+        (CHAT, {**HELLO, "continue_final_message": True}, "continue_final_message", "not served"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 600}]}, "prompt", "the limit is 511"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 1_000_001}]}, "messages", "limit is 1000000"),
+        (TEXT, {"prompt": "a" * 1_000_001}, "prompt", "the limit is 1000000"),
+        (TEXT, {"prompt": ["a" * 600_000] * 2}, "prompt", "the limit is 1000000"),
+        (TEXT, {"prompt": ["a", "\ud800"]}, "prompt", "surrogate"),
+        (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
+        ("/tokenize", {}, None, "either prompt or messages"),
+        ("/tokenize", {"prompt": "a", **HELLO}, None, "either prompt or messages"),
+        ("/tokenize", {"prompt": 5}, "prompt", "valid string"),
+        ("/tokenize", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools at the start"),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt", "surrogate"),
+        ("/detokenize", {}, "tokens", "required"),
+        ("/detokenize", {"tokens": [1, 1000]}, "tokens[1]", "outside the vocabulary of 1000"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]", "outside the vocabulary"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]", "valid integer"),
         (CHAT, {**HELLO, "stop": ""}, "stop", "1 to 1024"),
         (CHAT, {**HELLO, "stop": ["x"] * 65}, "stop", "the limit is 64"),
         (CHAT, {**HELLO, "logit_bias": {"a": 1}}, "logit_bias", "not a token id"),
@@ -69,14 +113,14 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (CHAT, {**HELLO, "logit_bias": {"5000": 1}}, "logit_bias", "outside the vocabulary"),
         (CHAT, {**HELLO, "seed": 1 << 64}, "seed", "less than or equal"),
         (CHAT, {**HELLO, "priority": 1 << 40}, "priority", "less than or equal"),
-        (CHAT, {**HELLO, "top_logprobs": 3}, None, "top_logprobs"),
+        (CHAT, {**HELLO, "top_logprobs": 3}, "top_logprobs", "logprobs: true"),
         (CHAT, {**HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools", "not served"),
         (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type", "not served"),
         (CHAT, {**HELLO, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "another field"),
-        (CHAT, {**HELLO, "stream_options": {"include_usage": True}}, None, "stream: true"),
+        (CHAT, {**HELLO, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         (CHAT, {**HELLO, "cache_salt": "\ud800"}, "cache_salt", "Unicode"),
-        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
         (TEXT, {}, "prompt", "required"),
         (TEXT, {"prompt": ""}, "prompt", "no tokens"),
         (TEXT, {"prompt": []}, "prompt", "empty"),
@@ -88,10 +132,10 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {"prompt": ["a"] * 257}, "prompt", "the limit is 256"),
         (TEXT, {"prompt": ["a"] * 200, "n": 64}, "n", "at once"),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "not served"),
-        (TEXT, {"prompt": "a", "best_of": 3}, None, "best_of"),
+        (TEXT, {"prompt": "a", "best_of": 3}, "best_of", "not served"),
         (TEXT, {"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens", "from 0 to 3"),
         (TEXT, {"prompt": "a", "stop_token_ids": [1000]}, "stop_token_ids", "outside the vocabulary"),
-        (TEXT, {"prompt": "a", "top_k": -2}, "top_k", "from 0"),
+        (TEXT, {"prompt": "a", "top_k": -2}, "top_k", "at least 0"),
     ],
 )
 def test_the_field_and_its_limit_are_named(
@@ -137,7 +181,7 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
 
 
 def test_a_key_is_asked_for_under_v1_only() -> None:
-    with ApiHouse(api_key="sécret") as house:
+    with ApiHouse(serving=ServingOptions(keys=(ApiKey.of("sécret", "test"),))) as house:
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert httpx.get(house.url + path).status_code == 200
         assert error_of(httpx.get(f"{house.url}/v1/models"), 401)["code"] == "invalid_api_key"

@@ -1,43 +1,52 @@
-"""The application: all routes, behind one key where one is asked for, with one form of error."""
+"""The application: all routes with one form of error, and the doors that a request passes on its way to them.
+
+From the outside in: origins (CORS), the body's limit, the key, idempotency. Each is plain ASGI and leaves the
+messages of a running stream alone.
+"""
 
 from __future__ import annotations
 
-import hmac
+import time
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from headrace import __version__
+from headrace.api.access import KeyRequired
+from headrace.api.bodies import BodyLimit
 from headrace.api.chat import chat_routes
 from headrace.api.completions import completion_routes
-from headrace.api.errors import ApiError, install_error_handlers
+from headrace.api.document import openapi_of
+from headrace.api.errors import install_error_handlers
+from headrace.api.idempotency import HEADER, Idempotency
 from headrace.api.lifecycle import lifecycle_routes, model_routes
+from headrace.api.quota import KeyRing
 from headrace.api.served import Server
+from headrace.api.terms import TIMEOUT_HEADER
+from headrace.api.tokenize import tokenize_routes
+
+_CORS_HEADERS = ("Authorization", "Content-Type", HEADER, TIMEOUT_HEADER)
+_EXPOSED_HEADERS = ("Retry-After", "Idempotent-Replayed")
 
 
 def create_app(server: Server) -> FastAPI:
-    """Put the routes together. Under /v1 they ask for the key, if `server` has one."""
+    """Put routes and doors together, as the server's options ask."""
+    options = server.options
     app = FastAPI(title="Headrace", version=__version__, docs_url="/docs", redoc_url=None)
     install_error_handlers(app)
-    app.include_router(lifecycle_routes(server))
-    keyed = [] if server.api_key is None else [Depends(_KeyRequired(server.api_key))]
-    for router in (model_routes(server), chat_routes(server), completion_routes(server)):
-        app.include_router(router, dependencies=keyed)
+    for routes in (lifecycle_routes, model_routes, chat_routes, completion_routes, tokenize_routes):
+        app.include_router(routes(server))
+    app.add_middleware(Idempotency)
+    if options.keys:
+        app.add_middleware(KeyRequired, keys=KeyRing(options.keys, time.monotonic))
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=_CORS_HEADERS,
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]
     return app
-
-
-class _KeyRequired:
-    """Refuses requests without the key."""
-
-    def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
-
-    async def __call__(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
-        if not hmac.compare_digest(given, self._expected):
-            raise ApiError(
-                401,
-                "the API key is wrong"
-                if given
-                else "no API key: send the header 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )

@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from headrace.api.errors import ApiError
+from headrace.api.answers import GENERATION_ERRORS, ChatAnswer, ChatChunk, streamed
 from headrace.api.generation import (
     ClientLeftError,
     Generation,
@@ -19,24 +19,30 @@ from headrace.api.generation import (
     watching,
 )
 from headrace.api.logprobs import chat_logprobs, prompt_logprobs
+from headrace.api.prompts import context_length, encoded, rendered
 from headrace.api.sample import Piece, Sample
 from headrace.api.schema import ChatCompletionRequest
 from headrace.api.served import Server
 from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
+from headrace.api.terms import Terms
 from headrace.protocol.requests import TokenLogprobs
 
 
 def chat_routes(server: Server) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post(
+        "/v1/chat/completions", responses={200: streamed(ChatAnswer, ChatChunk), **GENERATION_ERRORS}
+    )
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Continue a conversation."""
         check_model(server, body.model)
-        prompt = await _prompt(server, body)
+        terms = Terms.of(server, request, body.timeout)
+        text = rendered(server, body.messages, body.template_arguments)
+        prompt = await encoded(server, text, "messages", add_special_tokens=False)
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if max_tokens is None:
-            max_tokens = max(1, _context_length(server) - len(prompt))
+            max_tokens = max(1, (context_length(server) or 1) - len(prompt))
         sampling = sampling_of(
             server,
             body,
@@ -44,7 +50,7 @@ def chat_routes(server: Server) -> APIRouter:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
         )
-        generation = Generation(server, [prompt], sampling, text_options_of(body), body)
+        generation = Generation(server, [prompt], sampling, text_options_of(body), body, terms)
         if body.stream:
             writer = _ChatChunks(server, generation, body)
             return await stream_response(request.receive, generation, writer, body.include_usage)
@@ -53,29 +59,12 @@ def chat_routes(server: Server) -> APIRouter:
     return router
 
 
-async def _prompt(server: Server, body: ChatCompletionRequest) -> list[int]:
-    template = server.model.chat_template
-    if template is None:
-        raise ApiError(
-            400,
-            f"the model {server.model.name!r} has no chat template; send a prompt to /v1/completions",
-            param="messages",
-        )
-    variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
-    text = template.render([message.model_dump() for message in body.messages], **variables)
-    return await server.model.encode(text, add_special_tokens=False)
-
-
-def _context_length(server: Server) -> int:
-    info = server.gateway.info
-    return info.max_model_len if info is not None else 1
-
-
 async def _whole(
     server: Server, body: ChatCompletionRequest, request: Request, generation: Generation
 ) -> Response:
     texts = [""] * len(generation.samples)
     logprobs: list[list[TokenLogprobs]] = [[] for _ in generation.samples]
+    token_ids: list[list[int]] = [[] for _ in generation.samples]
     try:
         with generation:
             async with watching(request.receive, generation):
@@ -83,6 +72,7 @@ async def _whole(
                     for choice, piece in pieces:
                         texts[choice] += piece.text
                         logprobs[choice] += piece.logprobs
+                        token_ids[choice] += piece.token_ids
     except ClientLeftError:
         return Response(status_code=CLIENT_LEFT)
     tokenizer = server.model.tokenizer
@@ -98,6 +88,7 @@ async def _whole(
                 "logprobs": chat_logprobs(tokenizer, logprobs[choice]) if body.logprobs else None,
                 "finish_reason": sample.finish_reason,
                 "stop_reason": sample.stop_reason,
+                **({"token_ids": token_ids[choice]} if body.return_token_ids else {}),
             }
             for choice, sample in enumerate(generation.samples)
         ],
@@ -105,6 +96,8 @@ async def _whole(
     }
     if (of_prompt := generation.prompt_logprobs[0]) is not None:
         answer["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt)
+    if body.return_token_ids:
+        answer["prompt_token_ids"] = generation.prompts[0]
     return Response(orjson.dumps(answer), media_type="application/json")
 
 
@@ -112,6 +105,7 @@ class _ChatChunks(ChunkWriter):
     def __init__(self, server: Server, generation: Generation, body: ChatCompletionRequest) -> None:
         self._tokenizer = server.model.tokenizer
         self._logprobs = body.logprobs
+        self._token_ids = body.return_token_ids
         self._frame = {
             "id": f"chatcmpl-{generation.id}",
             "object": "chat.completion.chunk",
@@ -127,25 +121,24 @@ class _ChatChunks(ChunkWriter):
 
     def begin(self, generation: Generation) -> bytes:
         roles = [
-            event(self._chunk(choice, {"role": "assistant", "content": ""}))
+            self._chunk(choice, {"role": "assistant", "content": ""})
             for choice in range(len(generation.samples))
         ]
         if (of_prompt := generation.prompt_logprobs[0]) is not None:
-            roles[0] = event(
-                {
-                    **self._chunk(0, {"role": "assistant", "content": ""}),
-                    "prompt_logprobs": prompt_logprobs(self._tokenizer, of_prompt),
-                }
-            )
-        return b"".join(roles)
+            roles[0]["prompt_logprobs"] = prompt_logprobs(self._tokenizer, of_prompt)
+        if self._token_ids:
+            roles[0]["prompt_token_ids"] = generation.prompts[0]
+        return b"".join(map(event, roles))
 
     def piece(self, choice: int, piece: Piece, sample: Sample) -> bytes:
-        if sample.finish_reason is None and not piece.logprobs:
+        if sample.finish_reason is None and not piece.logprobs and not piece.token_ids:
             return self._templates[choice].fill(piece.text) if piece.text else b""
         delta = {"content": piece.text} if piece.text or piece.logprobs else {}
         chunk = self._chunk(choice, delta)
         if self._logprobs:
             chunk["choices"][0]["logprobs"] = chat_logprobs(self._tokenizer, piece.logprobs)
+        if self._token_ids:
+            chunk["choices"][0]["token_ids"] = piece.token_ids
         if sample.finish_reason is not None:
             chunk["choices"][0]["finish_reason"] = sample.finish_reason
             chunk["choices"][0]["stop_reason"] = sample.stop_reason

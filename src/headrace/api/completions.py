@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from headrace.api.errors import ApiError
+from headrace.api.answers import GENERATION_ERRORS, TextAnswer, TextChunk, streamed
 from headrace.api.generation import (
     ClientLeftError,
     Generation,
@@ -19,10 +19,12 @@ from headrace.api.generation import (
     watching,
 )
 from headrace.api.logprobs import completion_logprobs, prompt_logprobs
+from headrace.api.prompts import prompt_tokens
 from headrace.api.sample import Piece, Sample
 from headrace.api.schema import CompletionRequest
 from headrace.api.served import Server
 from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
+from headrace.api.terms import Terms
 from headrace.protocol.requests import TokenLogprobs
 from headrace.text import IncrementalDetokenizer
 
@@ -32,11 +34,12 @@ DEFAULT_MAX_TOKENS = 16
 def completion_routes(server: Server) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses={200: streamed(TextAnswer, TextChunk), **GENERATION_ERRORS})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         check_model(server, body.model)
-        prompts = await _prompts(server, body)
+        terms = Terms.of(server, request, body.timeout)
+        prompts = await prompt_tokens(server, body.prompt, add_special_tokens=body.add_special_tokens)
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompt_only = body.echo and max_tokens == 0
         of_prompt = body.prompt_logprobs
@@ -50,7 +53,7 @@ def completion_routes(server: Server) -> APIRouter:
             logprobs=body.logprobs,
             prompt_logprobs=of_prompt,
         )
-        generation = Generation(server, prompts, sampling, text_options_of(body), body)
+        generation = Generation(server, prompts, sampling, text_options_of(body), body, terms)
         choices = _Choices(server, body, generation, prompt_only)
         if body.stream:
             writer = _CompletionChunks(server, generation, body, choices)
@@ -58,24 +61,6 @@ def completion_routes(server: Server) -> APIRouter:
         return await _whole(server, request, generation, choices)
 
     return router
-
-
-async def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
-    """The token ids of each prompt, whichever of the four forms they came in."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [await server.model.encode(prompt, add_special_tokens=body.add_special_tokens)]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    encoded = []
-    for one in prompt:
-        if isinstance(one, str):
-            encoded.append(await server.model.encode(one, add_special_tokens=body.add_special_tokens))
-        elif isinstance(one, list):
-            encoded.append(one)
-        else:
-            raise ApiError(400, "prompt: texts and token ids are mixed", param="prompt")
-    return encoded
 
 
 class _Choices:
@@ -89,6 +74,7 @@ class _Choices:
         self._with_logprobs = body.logprobs is not None
         self._alternatives = body.logprobs or 0
         self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._wants_token_ids = body.return_token_ids
         self.prompt_only = prompt_only
         self._generation = generation
         self._n = len(generation.samples) // len(generation.prompts)
@@ -115,11 +101,21 @@ class _Choices:
         return "length" if self.prompt_only and sample.finish_reason is not None else sample.finish_reason
 
     def extra(self, choice: int) -> dict[str, Any]:
-        """vLLM's log-probabilities of the prompt, on its first choice."""
-        of_prompt = self._generation.prompt_logprobs[choice // self._n]
-        if not self._wants_prompt_logprobs or of_prompt is None or choice % self._n:
+        """What vLLM's clients may ask of a prompt: its log-probabilities, on its first choice, and its
+        ids."""
+        number, found = choice // self._n, {}
+        of_prompt = self._generation.prompt_logprobs[number]
+        if self._wants_prompt_logprobs and of_prompt is not None and choice % self._n == 0:
+            found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, of_prompt)
+        if self._wants_token_ids:
+            found["prompt_token_ids"] = self._generation.prompts[number]
+        return found
+
+    def token_ids(self, piece: Piece) -> dict[str, list[int]]:
+        """The ids of a piece's tokens, where they were asked for."""
+        if not self._wants_token_ids:
             return {}
-        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, of_prompt)}
+        return {"token_ids": [] if self.prompt_only else piece.token_ids}
 
     def usage(self) -> dict[str, Any]:
         usage = self._generation.usage()
@@ -154,6 +150,7 @@ async def _whole(server: Server, request: Request, generation: Generation, choic
                         whole.text += piece.text
                         whole.logprobs += piece.logprobs
                         whole.token_texts += piece.token_texts
+                        whole.token_ids += piece.token_ids
     except ClientLeftError:
         return Response(status_code=CLIENT_LEFT)
     found = []
@@ -167,6 +164,7 @@ async def _whole(server: Server, request: Request, generation: Generation, choic
                 "finish_reason": choices.finish_reason(sample),
                 "stop_reason": sample.stop_reason,
                 **choices.extra(choice),
+                **choices.token_ids(piece),
             }
         )
     answer = {
@@ -191,7 +189,7 @@ class _CompletionChunks(ChunkWriter):
             "created": int(time.time()),
             "model": server.model.name,
         }
-        self._plain = not body.echo and body.logprobs is None
+        self._plain = not body.echo and body.logprobs is None and not body.return_token_ids
         self._usage = {"usage": None} if body.include_usage else {}
         self._templates = [
             ChunkTemplate(lambda text, choice=choice: self._chunk(choice, text))  # type: ignore[misc]
@@ -206,10 +204,11 @@ class _CompletionChunks(ChunkWriter):
             return self._templates[choice].fill(piece.text) if piece.text else b""
         first = not self._choices.begun(choice)
         text, logprobs = self._choices.add(choice, piece)
-        if not text and not piece.logprobs and sample.finish_reason is None and not first:
+        if not (text or piece.logprobs or piece.token_ids) and sample.finish_reason is None and not first:
             return b""
         chunk = self._chunk(choice, text)
         chunk["choices"][0]["logprobs"] = logprobs
+        chunk["choices"][0].update(self._choices.token_ids(piece))
         if first:
             chunk["choices"][0].update(self._choices.extra(choice))
         if sample.finish_reason is not None:

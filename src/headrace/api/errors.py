@@ -32,10 +32,16 @@ _TYPE = {
     401: "invalid_request_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
+_CODE = {413: "body_too_large"}
+
+FAILED = "failed"
+"""Set in a request's `scope["state"]` when its answer began with 200 and ended in an error."""
+
 _FIELD_NAMES = {"body", "query", "path", "header"}
 
 
@@ -43,12 +49,20 @@ class ApiError(Exception):
     """An answer that is an error."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int = RETRY_AFTER_S,
     ) -> None:
+        """`retry_after_s` is told with a 429 and a 503."""
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     @classmethod
     def of(cls, error: RequestError) -> ApiError:
@@ -73,7 +87,15 @@ class ApiError(Exception):
         )
 
     def response(self) -> Response:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        headers = {}
+        if self.status in (429, 503):
+            headers["Retry-After"] = str(self.retry_after_s)
+        elif self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        elif self.status == 408:
+            headers["X-Should-Retry"] = "false"  # OpenAI's clients would begin the same wait again
+        elif self.status == 413:
+            headers["Connection"] = "close"  # what is left of the body is not read
         return Response(self.body(), self.status, headers, media_type="application/json")
 
 
@@ -108,7 +130,9 @@ def install_error_handlers(app: FastAPI) -> None:
             message = f"there is nothing at {request.method} {request.url.path}"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed at {request.url.path}"
-        return ApiError(error.status_code, message).response()
+        response = ApiError(error.status_code, message, code=_CODE.get(error.status_code)).response()
+        response.headers.update(error.headers or {})  # such as Allow
+        return response
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -16,6 +16,7 @@ from headrace.api.errors import ApiError
 from headrace.api.sample import Piece, Sample, TextOptions
 from headrace.api.schema import SamplingFields
 from headrace.api.served import Server
+from headrace.api.terms import Terms
 from headrace.cluster import OutputStream
 from headrace.protocol.requests import (
     SEED_LIMIT,
@@ -43,28 +44,50 @@ class Generation:
         sampling: SamplingParams,
         text: TextOptions,
         body: SamplingFields,
+        terms: Terms,
     ) -> None:
-        """Submits. Raises RequestRefused for what the gateway does not accept."""
+        """Submits. Raises RequestRefused for what the gateway does not accept, ApiError for what the caller
+        may not have now."""
         self.id = uuid.uuid4().hex
         self.prompts = prompts
-        self.samples = [Sample(server.model.tokenizer, text) for _ in range(len(prompts) * sampling.n)]
         self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(prompts)
         self.cached_tokens = [0] * len(prompts)
         self._n = sampling.n
         self._numbers = {f"{self.id}-{number}": number for number in range(len(prompts))}
-        self._unfinished = len(self.samples)
-        self._stream: OutputStream = server.gateway.submit(
-            *(
-                GenerateRequest(
-                    request_id=request_id,
-                    prompt=prompts[number],
-                    sampling=sampling,
-                    priority=body.priority,
-                    cache_salt=body.cache_salt or "",
+        self._terms = terms
+        self._expired = False
+        prompt_tokens = sum(map(len, prompts))
+        self._admission = terms.admit(prompt_tokens)
+        try:
+            self._stream: OutputStream = server.gateway.submit(
+                *(
+                    GenerateRequest(
+                        request_id=request_id,
+                        prompt=prompts[number],
+                        sampling=sampling,
+                        priority=body.priority,
+                        cache_salt=body.cache_salt or "",
+                    )
+                    for request_id, number in self._numbers.items()
                 )
-                for request_id, number in self._numbers.items()
             )
-        )
+        except BaseException:
+            self._admission.close(-prompt_tokens)  # nothing was computed
+            raise
+        # Made only now: until it was submitted, nobody has held n to a limit.
+        self.samples = [Sample(server.model.tokenizer, text) for _ in range(len(prompts) * sampling.n)]
+        self._unfinished = len(self.samples)
+        self._timer = self._start_timer()
+
+    def _start_timer(self) -> asyncio.TimerHandle | None:
+        if self._terms.timeout_s is None:
+            return None
+        ends_s = self._terms.began_s + self._terms.timeout_s
+        return asyncio.get_running_loop().call_at(ends_s, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._stream.close()  # cancels what runs and what waits; wakes whoever reads
 
     def __enter__(self) -> Generation:
         return self
@@ -74,7 +97,10 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended; whoever iterates gets ClientLeftError. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._stream.close()
+        self._admission.close(sum(sample.tokens for sample in self.samples))
 
     def __aiter__(self) -> Generation:
         return self
@@ -82,13 +108,16 @@ class Generation:
     async def __anext__(self) -> list[tuple[int, Piece]]:
         """Wait for outputs: the choices that went on, and by what.
 
-        Raises ApiError when the engine ended one of them with an error, ClientLeftError after `close`.
+        Raises ApiError when the engine ended one of them with an error or the time is up, ClientLeftError
+        after `close`.
         """
         if not self._unfinished:
             raise StopAsyncIteration
         try:
             outputs = await anext(self._stream)
         except StopAsyncIteration:
+            if self._expired:
+                raise self._terms.expired() from None
             raise ClientLeftError from None
         return [taken for output in outputs if (taken := self._take(output)) is not None]
 
@@ -193,6 +222,7 @@ def text_options_of(body: SamplingFields) -> TextOptions:
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         min_tokens=body.min_tokens or 0,
+        token_ids=body.return_token_ids,
     )
 
 

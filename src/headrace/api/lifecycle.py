@@ -7,10 +7,16 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from headrace import __version__
+from headrace.api.answers import ModelCard, ModelList, Responses, StateAnswer, VersionAnswer, errors
 from headrace.api.generation import check_model
 from headrace.api.served import Server
 from headrace.cluster import GatewayState
 from headrace.observe.metrics import CONTENT_TYPE
+
+_STATES: Responses = {
+    200: {"model": StateAnswer},
+    503: {"model": StateAnswer, "description": "It cannot, for the reason that `status` gives."},
+}
 
 
 def lifecycle_routes(server: Server) -> APIRouter:
@@ -21,22 +27,26 @@ def lifecycle_routes(server: Server) -> APIRouter:
         body = orjson.dumps({"status": server.gateway.state})
         return Response(body, 200 if ok else 503, media_type="application/json")
 
-    @router.get("/health")
+    @router.get("/health", responses=_STATES)
     async def health() -> Response:
         """200 while the process and its engine can serve, now or when loading or draining is done."""
         return state(server.gateway.state is not GatewayState.DEAD)
 
-    @router.get("/ready")
+    @router.get("/ready", responses=_STATES)
     async def ready() -> Response:
         """200 when the model answers now."""
         return state(server.gateway.state is GatewayState.READY)
 
-    @router.get("/version")
+    @router.get("/version", responses={200: {"model": VersionAnswer}})
     async def version() -> Response:
         """Headrace's version."""
         return Response(orjson.dumps({"version": __version__}), media_type="application/json")
 
-    @router.get("/metrics")
+    @router.get(
+        "/metrics",
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        response_class=Response,
+    )
     async def metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
@@ -60,12 +70,12 @@ def model_routes(server: Server) -> APIRouter:
             "max_model_len": info.max_model_len if info is not None else None,
         }
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": ModelList}})
     async def models() -> Response:
         """The models that are served."""
         return Response(orjson.dumps({"object": "list", "data": [card()]}), media_type="application/json")
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses={200: {"model": ModelCard}, **errors(404)})
     async def model(name: str) -> Response:
         """One model."""
         check_model(server, name)

@@ -20,6 +20,8 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    token_ids: bool = False
+    """Whether pieces carry the ids of their tokens."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_texts: list[str] = field(default_factory=list)
     """What each token of `logprobs` added to the text, before stop strings were looked for."""
+    token_ids: list[int] = field(default_factory=list)
+    """Of the tokens that were taken in, where the options ask for them."""
 
 
 class Sample:
@@ -55,6 +59,8 @@ class Sample:
         hidden = len(output.tokens) - 1 if stop_token is not None and not self._options.include_stop else None
         for i, token in enumerate(output.tokens):
             self.tokens += 1
+            if self._options.token_ids:
+                piece.token_ids.append(token)
             text = "" if i == hidden else self._detokenizer.push(token)
             if output.logprobs is not None:
                 piece.logprobs.append(output.logprobs[i])

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from headrace.engine.limits import MAX_LOGPROBS
 
@@ -18,13 +27,27 @@ MAX_STOP_CHARACTERS = 1024
 MAX_PROMPTS = 256
 MAX_TOKEN_ID_DIGITS = 10
 MAX_SALT_CHARACTERS = 256
+MAX_TIMEOUT_S = 86_400
+MAX_DETOKENIZED = 1_000_000
 SEED_RANGE = (-(1 << 63), (1 << 64) - 1)
 PRIORITY_RANGE = (-(1 << 31), (1 << 31) - 1)
 TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 """What a chat template is given by other fields."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 StopStrings = str | list[str] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _refuse(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("this is not served; leave it out")
+    return value
+
+
+NotServed = Annotated[Any, AfterValidator(_refuse), WithJsonSchema({"enum": [None, False]})]
+"""A field of other servers that would change the answer: refused by name, not ignored."""
 
 
 class StreamOptions(BaseModel):
@@ -33,12 +56,24 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingFields(BaseModel):
-    """What chat and text completions have in common. None stands for a field that was not sent."""
+class Body(BaseModel):
+    """What all bodies have in common. None stands for a field that was not sent."""
 
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
+
+
+class SamplingFields(Body):
+    """What chat and text completions have in common."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -63,6 +98,18 @@ class SamplingFields(BaseModel):
     prompt_logprobs: int | None = None
     priority: Annotated[int, Field(ge=PRIORITY_RANGE[0], le=PRIORITY_RANGE[1])] = 0
     cache_salt: str | None = None
+    return_token_ids: bool = False
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)] | None = None
+
+    structured_outputs: NotServed = None
+    guided_json: NotServed = None
+    guided_regex: NotServed = None
+    guided_choice: NotServed = None
+    guided_grammar: NotServed = None
+    use_beam_search: NotServed = None
+    bad_words: NotServed = None
+    allowed_token_ids: NotServed = None
+    truncate_prompt_tokens: NotServed = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -71,13 +118,6 @@ class SamplingFields(BaseModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, fields: Any) -> Any:
-        if isinstance(fields, dict):
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
 
     @field_validator("stop")
     @classmethod
@@ -108,11 +148,12 @@ class SamplingFields(BaseModel):
             raise ValueError("it is not valid Unicode") from None
         return salt
 
-    @model_validator(mode="after")
-    def _options_of_streams(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream: true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _options_of_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream", True):
+            raise ValueError("it is only for stream: true")
+        return options
 
 
 class ChatMessage(BaseModel):
@@ -120,8 +161,15 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: str
+    role: Annotated[str, WithJsonSchema({"enum": list(ROLES)})]
     content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("role")
+    @classmethod
+    def _known_role(cls, role: str) -> str:
+        if role not in ROLES:
+            raise ValueError(f"there is no role {role[:40]!r}; the roles are {', '.join(ROLES)}")
+        return role
 
 
 class ResponseFormat(BaseModel):
@@ -137,17 +185,18 @@ class ResponseFormat(BaseModel):
         return kind
 
 
-class ChatCompletionRequest(SamplingFields):
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+class TemplateFields(Body):
+    """What a chat template is told beside the messages."""
+
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: NotServed = None
+    documents: NotServed = None
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        return {**(self.chat_template_kwargs or {}), "add_generation_prompt": self.add_generation_prompt}
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -156,13 +205,6 @@ class ChatCompletionRequest(SamplingFields):
             raise ValueError(f"{sorted(taken)[0]!r} is given by another field")
         return arguments
 
-    @field_validator("tools", "functions")
-    @classmethod
-    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
-        if tools:
-            raise ValueError("calling tools is not served")
-        return tools
-
     @field_validator("continue_final_message")
     @classmethod
     def _no_continuation(cls, value: bool) -> bool:
@@ -170,11 +212,29 @@ class ChatCompletionRequest(SamplingFields):
             raise ValueError("continuing the final message is not served")
         return value
 
-    @model_validator(mode="after")
-    def _alternatives_need_logprobs(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only for logprobs: true")
-        return self
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        if tools:
+            raise ValueError("calling tools is not served")
+        return tools
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _alternatives_need_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and not info.data.get("logprobs", True):
+            raise ValueError("it is only for logprobs: true")
+        return count
 
 
 class CompletionRequest(SamplingFields):
@@ -202,8 +262,34 @@ class CompletionRequest(SamplingFields):
             raise ValueError("completing before a suffix is not served")
         return suffix
 
-    @model_validator(mode="after")
-    def _best_of_is_n(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
+    @field_validator("best_of")
+    @classmethod
+    def _best_of_is_n(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of is not None and "n" in info.data and best_of != (info.data["n"] or 1):
             raise ValueError("best_of other than n is not served")
+        return best_of
+
+
+class TokenizeRequest(TemplateFields):
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    tools: list[Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        if tools:
+            raise ValueError("calling tools is not served")
+        return tools
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
         return self
+
+
+class DetokenizeRequest(Body):
+    tokens: list[int] = Field(max_length=MAX_DETOKENIZED)

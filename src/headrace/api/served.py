@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.cluster import Gateway
+from headrace.config import ServingOptions
 from headrace.observe import Metrics
 from headrace.store import ModelFiles
 from headrace.text import ChatTemplate, Tokenizer, special_tokens_of
@@ -68,4 +69,4 @@ class Server:
     metrics: Metrics
     seeds: random.Random
     """Where a client gives no seed, it comes from here."""
-    api_key: str | None = None
+    options: ServingOptions = field(default_factory=ServingOptions)

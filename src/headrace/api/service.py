@@ -25,7 +25,7 @@ from headrace.api.app import create_app
 from headrace.api.http import HttpServer
 from headrace.api.served import ServedModel, Server
 from headrace.cluster import LocalEngine
-from headrace.config import EngineOptions
+from headrace.config import EngineOptions, ServingOptions
 from headrace.observe import Metrics
 from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles
@@ -44,7 +44,7 @@ class Service:
         options: EngineOptions,
         bound: socket.socket,
         *,
-        api_key: str | None = None,
+        serving: ServingOptions | None = None,
         drain_timeout_s: float = 30.0,
         started_s: float | None = None,
         say: Callable[[str], None] = print,
@@ -66,7 +66,7 @@ class Service:
         self._engine = LocalEngine(self._world, launcher, observer=self._metrics, report=say)
         self._http: HttpServer | None = None
         self._files = files
-        self._api_key = api_key
+        self._serving = serving or ServingOptions()
 
     async def run(self) -> None:
         """Serve until a signal says otherwise.
@@ -107,7 +107,7 @@ class Service:
         try:
             model = await asyncio.to_thread(ServedModel.from_files, self._files, self._options.served_name)
             seeds = self._world.random.stream("seeds")
-            server = Server(self._engine.gateway, model, self._metrics, seeds, self._api_key)
+            server = Server(self._engine.gateway, model, self._metrics, seeds, self._serving)
             self._http = HttpServer(create_app(server), self._bound)
             await self._http.start()
             return await starting

@@ -7,14 +7,14 @@ on. The constant parts of a chunk are serialised once per choice.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headrace.api.errors import ApiError
+from headrace.api.errors import FAILED, ApiError
 from headrace.api.generation import ClientLeftError, Generation, watching
 from headrace.api.sample import Piece, Sample
 
@@ -101,11 +101,11 @@ class _EventStream(Response):
         with self._generation:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with watching(receive, self._generation):
-                last = await self._write(send)
+                last = await self._write(scope, send)
             if last is not None:
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _write(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> bytes | None:
+    async def _write(self, scope: Scope, send: Send) -> bytes | None:
         """Send everything but the last bytes, which are returned; None when the client has left."""
         generation, writer = self._generation, self._writer
         samples = generation.samples
@@ -121,6 +121,7 @@ class _EventStream(Response):
         except StopAsyncIteration:
             return (writer.usage(generation.usage()) if self._include_usage else b"") + DONE
         except ApiError as error:
+            scope.setdefault("state", {})[FAILED] = True
             return b"data: " + error.body() + b"\n\n" + DONE
         except ClientLeftError:
             return None

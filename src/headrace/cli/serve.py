@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +23,14 @@ from headrace.cli.options import (
     MaxNumSeqs,
     Model,
     NoPrefixCaching,
+    QuantizationOption,
     Threads,
 )
-from headrace.config import EngineOptions, parse_size
+from headrace.config import ApiKey, EngineOptions, ServingOptions, format_size, parse_size, read_keys
+from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
+DEFAULT_MAX_BODY_SIZE = format_size(DEFAULT_MAX_BODY_BYTES).replace(" ", "")
 
 
 def serve(
@@ -34,10 +38,36 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: Annotated[
-        str | None,
-        typer.Option(envvar=API_KEY_VARIABLE, help="Ask clients for this key.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            envvar=API_KEY_VARIABLE,
+            help="Ask clients for this key, or one of several; the variable keeps it from process lists.",
+            show_default=False,
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file of keys with limits for each.", show_default=False),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Let pages of this origin call; * is all.", show_default=False),
+    ] = None,
+    max_body_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest body of a request.")
+    ] = DEFAULT_MAX_BODY_SIZE,
+    max_prompt_characters: Annotated[
+        int, typer.Option(min=1, help="Longest text of a request, before it is tokenised.")
+    ] = DEFAULT_MAX_PROMPT_CHARACTERS,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Sequences that may wait; more get 429.")
+    ] = DEFAULTS.max_waiting,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Seconds that a request may take.", show_default="no limit"),
     ] = None,
     dtype: DtypeOption = DEFAULTS.dtype,
+    quantization: QuantizationOption = DEFAULTS.quantization,
     threads: Threads = DEFAULTS.threads,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = DEFAULTS.max_num_seqs,
@@ -59,6 +89,14 @@ def serve(
         from headrace.cli.models import PullProgress
         from headrace.store import resolve
 
+        keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(api_key or (), 1)]
+        serving = ServingOptions(
+            keys=(*keys, *(read_keys(api_keys) if api_keys is not None else ())),
+            cors_origins=tuple(cors_origin or ()),
+            max_body_bytes=parse_size(max_body_size),
+            max_prompt_characters=max_prompt_characters,
+            request_timeout_s=request_timeout,
+        )
         bound = bind(host, port)
         with PullProgress() as progress:
             files = resolve(model, progress)
@@ -66,10 +104,12 @@ def serve(
             directory=str(files.directory),
             served_name=served_model_name or files.name,
             dtype=dtype,
+            quantization=quantization,
             threads=threads,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_waiting=max_waiting,
             kv_cache_memory=parse_size(kv_cache_memory),
             block_size=block_size,
             prefix_caching=not no_prefix_caching,
@@ -83,12 +123,17 @@ def serve(
             files,
             options,
             bound,
-            api_key=api_key or None,
+            serving=serving,
             drain_timeout_s=drain_timeout,
             started_s=STARTED_S,
             say=_say,
         )
         uvloop.run(service.run())
+
+
+def _key_name(number: int) -> str:
+    """What a key without a name of its own is called in errors."""
+    return "default" if number == 1 else f"default {number}"
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,18 @@ In: command line and files. Out: option objects that say what was asked. It must
 built.
 """
 
-from headrace.config.engine import Dtype, EngineOptions, KernelLibrary
+from headrace.config.engine import Dtype, EngineOptions, KernelLibrary, Quantization
+from headrace.config.serving import ApiKey, ServingOptions, read_keys
 from headrace.config.sizes import format_size, parse_size
 
-__all__ = ["Dtype", "EngineOptions", "KernelLibrary", "format_size", "parse_size"]
+__all__ = [
+    "ApiKey",
+    "Dtype",
+    "EngineOptions",
+    "KernelLibrary",
+    "Quantization",
+    "ServingOptions",
+    "format_size",
+    "parse_size",
+    "read_keys",
+]

@@ -86,7 +86,8 @@ def _check_sampling(params: SamplingParams, limits: ModelLimits) -> None:
 
 def _within(field: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:  # also false for NaN
-        raise _invalid(field, f"{field} must be from {least} to {most}, got {value}")
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise _invalid(field, f"{field} must be {limits}, got {value}")
 
 
 def _invalid(field: str, message: str) -> RequestRefused:

@@ -1,0 +1,239 @@
+"""What comes back, as the OpenAPI document tells it. Routes write these objects by hand, for speed; the
+models are what they are held to by the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorObject(_Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(_Answer):
+    """Every error, whatever its status."""
+
+    error: ErrorObject
+
+
+class CachedTokens(_Answer):
+    cached_tokens: int
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class PromptToken(_Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+FinishReason = Literal["stop", "length"]
+
+
+class ChatAlternative(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(ChatAlternative):
+    top_logprobs: list[ChatAlternative]
+
+
+class ChatLogprobs(_Answer):
+    content: list[ChatToken]
+    refusal: None
+
+
+class Message(_Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+
+
+class ChatAnswer(_Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Delta(_Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(_Answer):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(_Answer):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class TextLogprobs(_Answer):
+    text_offset: list[int]
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class TextChunkChoice(_Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+
+
+class TextChoice(TextChunkChoice):
+    finish_reason: FinishReason
+
+
+class TextAnswer(_Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunk(_Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeAnswer(_Answer):
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeAnswer(_Answer):
+    prompt: str
+
+
+class StateAnswer(_Answer):
+    status: Literal["starting", "ready", "draining", "dead"]
+
+
+class VersionAnswer(_Answer):
+    version: str
+
+
+ERROR_MEANINGS = {
+    400: "the request can never be served as it is; `param` names the field, the message its limit",
+    401: "no key, or a wrong one",
+    404: "no such model",
+    408: "the request's timeout passed before it had ended; it was cancelled",
+    413: "the body is larger than the server reads",
+    422: "the Idempotency-Key was used with another body",
+    429: "the queue, or what the key may use, is full; try again after Retry-After",
+    500: "the server failed; its log has the details",
+    503: "the model is being loaded, or the server is shutting down; try again after Retry-After",
+}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def errors(*statuses: int) -> Responses:
+    """The OpenAPI entries of error answers."""
+    return {
+        status: {
+            "model": ErrorAnswer,
+            "description": ERROR_MEANINGS[status],
+            **({"headers": _RETRY_AFTER} if status in (429, 503) else {}),
+        }
+        for status in statuses
+    }
+
+
+def streamed(answer: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry of an answer that is one object, or with `stream: true` a stream of chunks."""
+    return {
+        "model": answer,
+        "description": "The answer; with `stream: true` server-sent events, each `data: ` with a chunk, or "
+        "an error object where the answer fails midway, and at last `data: [DONE]`.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string", "description": f"Events whose data is a {chunk.__name__}."}
+            }
+        },
+    }
+
+
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds after which another attempt can succeed.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+
+GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 503)

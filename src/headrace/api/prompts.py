@@ -1,0 +1,70 @@
+"""From what a client sent to the token ids that the model is given.
+
+In: texts, token ids, messages. Out: lists of token ids, or a refusal that names the field. Texts are held to
+a length before the tokenizer sees them: its time grows with the text, and no context holds what is refused
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.api.errors import ApiError
+from headrace.api.schema import ChatMessage
+from headrace.api.served import Server
+from headrace.text import TextError
+
+
+def rendered(server: Server, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]) -> str:
+    """A conversation as the model's chat template writes it. Raises ApiError, TextError."""
+    template = server.model.chat_template
+    if template is None:
+        raise ApiError(
+            400,
+            f"the model {server.model.name!r} has no chat template; send a prompt to /v1/completions",
+            param="messages",
+        )
+    return template.render([message.model_dump() for message in messages], **arguments)
+
+
+async def encoded(server: Server, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of one text of the field `field`. Raises ApiError, TextError."""
+    check_length(server, len(text), field)
+    try:
+        return await server.model.encode(text, add_special_tokens=add_special_tokens)
+    except TextError as error:
+        raise TextError(f"{field}: {error}", error.field or field) from error
+
+
+async def prompt_tokens(server: Server, prompt: Any, *, add_special_tokens: bool) -> list[list[int]]:
+    """The token ids of each prompt of a text completion, whichever of the four forms they came in."""
+    if isinstance(prompt, str):
+        return [await encoded(server, prompt, "prompt", add_special_tokens=add_special_tokens)]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    check_length(server, sum(len(one) for one in prompt if isinstance(one, str)), "prompt")
+    tokens = []
+    for one in prompt:
+        if isinstance(one, str):
+            tokens.append(await encoded(server, one, "prompt", add_special_tokens=add_special_tokens))
+        elif isinstance(one, list):
+            tokens.append(one)
+        else:
+            raise ApiError(400, "prompt: texts and token ids are mixed", param="prompt")
+    return tokens
+
+
+def check_length(server: Server, characters: int, field: str) -> None:
+    """Raise a 400 for more text than the server tokenises for one request."""
+    most = server.options.max_prompt_characters
+    if characters > most:
+        raise ApiError(
+            400, f"{field}: the text has {characters} characters, the limit is {most}", param=field
+        )
+
+
+def context_length(server: Server) -> int | None:
+    """The longest prompt and output together, in tokens; None until the engine has said."""
+    info = server.gateway.info
+    return info.max_model_len if info is not None else None

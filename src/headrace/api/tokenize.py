@@ -1,0 +1,65 @@
+"""POST /tokenize and /detokenize: what the model's tokenizer makes of a text, without generating anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace.api.answers import DetokenizeAnswer, TokenizeAnswer, errors
+from headrace.api.errors import ApiError
+from headrace.api.generation import check_model
+from headrace.api.prompts import context_length, encoded, rendered
+from headrace.api.schema import DetokenizeRequest, TokenizeRequest
+from headrace.api.served import Server
+from headrace.api.terms import admit_small
+
+
+def tokenize_routes(server: Server) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/tokenize", responses={200: {"model": TokenizeAnswer}, **errors(400, 404, 413, 422, 429)})
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """Token ids of a prompt, or of a conversation as the model is given it."""
+        check_model(server, body.model)
+        admit_small(request)
+        if body.messages is not None:
+            text = rendered(server, body.messages, body.template_arguments)
+            tokens = await encoded(server, text, "messages", add_special_tokens=bool(body.add_special_tokens))
+        else:
+            special = body.add_special_tokens is not False
+            tokens = await encoded(server, body.prompt or "", "prompt", add_special_tokens=special)
+        spelled = None
+        if body.return_token_strs:
+            spelled = [server.model.tokenizer.id_to_token(token) or "" for token in tokens]
+        return _json(
+            {
+                "count": len(tokens),
+                "max_model_len": context_length(server),
+                "tokens": tokens,
+                "token_strs": spelled,
+            }
+        )
+
+    @router.post(
+        "/detokenize", responses={200: {"model": DetokenizeAnswer}, **errors(400, 404, 413, 422, 429)}
+    )
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        """The text of token ids, control tokens included."""
+        check_model(server, body.model)
+        admit_small(request)
+        size = server.model.tokenizer.vocab_size
+        for at, token in enumerate(body.tokens):
+            if not 0 <= token < size:
+                raise ApiError(
+                    400, f"tokens[{at}] is {token}, outside the vocabulary of {size}", param=f"tokens[{at}]"
+                )
+        return _json({"prompt": server.model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    return router
+
+
+def _json(answer: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(answer), media_type="application/json")
