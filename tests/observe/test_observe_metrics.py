@@ -243,3 +243,16 @@ def test_the_page_before_there_is_an_engine() -> None:
         sample.labels["model_name"] == 'a "quoted" name\n' for family in families for sample in family.samples
     )
     assert not any(math.isnan(sample.value) for family in families for sample in family.samples)
+
+
+def test_tokens_that_come_together_share_their_time() -> None:
+    metrics = Metrics("hash")
+    metrics.first_tokens(0.5, 2, 7)
+    metrics.next_tokens(0.3, 3)
+    page = Page(metrics)
+    assert page.histogram("inter_token_latency_seconds") == seconds(3, 0.3)
+    assert page.labelled("inter_token_latency_seconds_bucket", le="0.1") == 3
+    assert page.labelled("inter_token_latency_seconds_bucket", le="0.075") == 0
+    assert page.histogram("time_to_first_token_seconds") == seconds(1, 0.5)
+    assert page["generation_tokens_total"] == 5
+    assert page["prompt_tokens_total"] == 7
