@@ -364,7 +364,8 @@ class _Arena:
 
 def _huge_zeros(size: int) -> Tensor:
     """[size] uint8 zeros in huge pages where the system gives them, else in ordinary ones."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE_BYTES)
+    # Private: shared memory has a setting of its own for huge pages, which systems leave at "never".
+    memory = mmap.mmap(-1, size + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A system built without huge pages refuses: slower, and nothing else.
         with contextlib.suppress(OSError):
