@@ -190,9 +190,12 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _check(key: bytes) -> None:
-    if not 0 < len(key) <= MAX_KEY_CHARACTERS:
+    if not (0 < len(key) <= MAX_KEY_CHARACTERS and all(0x21 <= character <= 0x7E for character in key)):
         raise ApiError(
-            400, f"{HEADER} has {len(key)} characters, it must have 1 to {MAX_KEY_CHARACTERS}", param=HEADER
+            400,
+            f"{HEADER} must have 1 to {MAX_KEY_CHARACTERS} printable ASCII characters and no spaces, "
+            f"got {len(key)} bytes",
+            param=HEADER,
         )
 
 
