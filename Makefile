@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: help demo serve test test-sim lint format bench soak clean
+.PHONY: help demo serve test test-sim lint format check-clients bench soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,15 @@ lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
 format: $(VENV)/.dev ## let ruff format the code
 	@$(BIN)/ruff check --fix-only src tests benchmarks
 	@$(BIN)/ruff format src tests benchmarks
+
+build/clients/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv build/clients
+	@echo "Installing the clients of others into build/clients ..."
+	@build/clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+check-clients: $(VENV)/.dev build/clients/.installed ## the official openai client and guidellm, installed apart, against a server
+	@$(BIN)/python tests/clients/check_clients.py build/clients
 
 bench: $(VENV)/.dev ## tokens per second at batch sizes 1, 8 and 32, and the share of a step that is not a kernel
 	@$(BIN)/python benchmarks/engine.py
