@@ -20,9 +20,6 @@ void work_off(const AttentionArgs& args, const Task& task) {
   const int64_t depth = tile.layout.depth, size = sums_size(task.rows, depth);
   float* memory = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(2 * size) * sizeof(float)));
   const Sums whole = sums_at(memory), part = sums_at(memory + size);
-#if defined(__AMX_BF16__)
-  if (sizeof(T) == 2) configure_tiles(task.rows, kDepth);
-#endif
   if (!task.partials) {
     tile.clear(whole);
     for (int64_t number = task.first; number < task.end; ++number) {
@@ -46,24 +43,26 @@ void work_off(const AttentionArgs& args, const Task& task) {
 #endif
 }
 
-// The tiles of a call; visit(sequence, kv_head, row, rows, first partition, end partition).
+// The tiles of a call; visit(sequence, kv_head, row, rows, first partition, end partition). A head's tiles follow each
+// other: its keys and values fit a core's cache where those of all heads of a long sequence would not.
 template <class Visit>
 void over_tiles(const AttentionArgs& args, Visit visit) {
   const int64_t group = args.heads / args.cache.kv_heads;
   for (int64_t s = 0; s < args.sequences.count; ++s) {
     const int32_t start = args.sequences.query_start[s];
     const int64_t rows_of_sequence = (args.sequences.query_start[s + 1] - start) * group;
-    for (int64_t row = 0; row < rows_of_sequence; row += kTileRows) {
-      const int64_t rows = rows_of_sequence - row < kTileRows ? rows_of_sequence - row : kTileRows;
-      int64_t first = INT64_MAX, last = 0;
-      for (int64_t t = start + row / group; t <= start + (row + rows - 1) / group; ++t) {
-        const int64_t position = args.sequences.positions[t];
-        const int64_t begin = args.window > 0 && position >= args.window ? position + 1 - args.window : 0;
-        if (begin < first) first = begin;
-        if (position > last) last = position;
-      }
-      for (int64_t head = 0; head < args.cache.kv_heads; ++head)
+    for (int64_t head = 0; head < args.cache.kv_heads; ++head) {
+      for (int64_t row = 0; row < rows_of_sequence; row += kTileRows) {
+        const int64_t rows = rows_of_sequence - row < kTileRows ? rows_of_sequence - row : kTileRows;
+        int64_t first = INT64_MAX, last = 0;
+        for (int64_t t = start + row / group; t <= start + (row + rows - 1) / group; ++t) {
+          const int64_t position = args.sequences.positions[t];
+          const int64_t begin = args.window > 0 && position >= args.window ? position + 1 - args.window : 0;
+          if (begin < first) first = begin;
+          if (position > last) last = position;
+        }
         visit(s, head, row, rows, first / kPartition, last / kPartition + 1);
+      }
     }
   }
 }

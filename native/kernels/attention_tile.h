@@ -29,6 +29,9 @@ struct Task {
   int32_t* unfinished;
 };
 
+// Scores are scaled by log2 e once more than the model asks, so that weights are powers of two.
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
 // Per row: maximum score [kTileRows], sum of exponentials [kTileRows], weighted sum of values [rows, depth].
 struct Sums {
   float *maximum, *total, *values;
@@ -135,7 +138,8 @@ struct Tile {
   // Scores to weights: scaled, capped, masked, exponentials under the row's maximum.
   void soften(int64_t base, int64_t first_run, int64_t end_run, Sums out) {
     const bool capped = args.softcap > 0;
-    const Float16 scale = broadcast(capped ? 1.0f : args.scale);
+    const float scale_of_scores = capped ? kLog2E : args.scale * kLog2E;
+    const Float16 scale = broadcast(scale_of_scores);
     for (int64_t r = 0; r < task.rows; ++r) {
       float* row = scores + r * kScoreStride;
       T* to = weights + r * kWeightStride;
@@ -152,16 +156,22 @@ struct Tile {
         hide(row + (last - 1) * kLanes, 0, until - (last - 1) * kLanes);
       }
       Float16 highest = broadcast(kMinusInfinity);
-      for (int64_t run = first; run < last; ++run) highest = max(load(row + run * kLanes) * scale, highest);
-      out.maximum[r] = horizontal_max(highest);
+      for (int64_t run = first; run < last; ++run) highest = max(load(row + run * kLanes), highest);
+      out.maximum[r] = horizontal_max(highest) * scale_of_scores;
       // A row that sees nothing here, or only minus infinities, would subtract infinity from infinity.
       const Float16 top = broadcast(out.maximum[r] > kMinusInfinity ? -out.maximum[r] : 0.0f);
       Float16 total = broadcast(0.0f);
-      for (int64_t run = first; run < last; ++run) {
-        const Float16 w = exp_of_nonpositive(fma(load(row + run * kLanes), scale, top));
+      const auto weight = [&](int64_t run) {
+        const Float16 w = exp2_of_nonpositive(fma(load(row + run * kLanes), scale, top));
         total = total + w;
-        store(to + run * kLanes, w);
+        return w;
+      };
+      int64_t run = first;
+      for (; run + 2 <= last; run += 2) {
+        const Float16 even = weight(run), odd = weight(run + 1);
+        store_pair(to + run * kLanes, even, odd);
       }
+      if (run < last) store(to + run * kLanes, weight(run));
       out.total[r] = horizontal_sum(total);
     }
   }
@@ -198,8 +208,8 @@ struct Tile {
       const Float16 top = max(new_top, old_top);
       // Where neither has seen a key, both factors are 0 rather than undefined.
       const Float16 finite = max(top, broadcast(-3.4e38f));
-      const Float16 old_factor = exp_of_nonpositive(old_top - finite);
-      const Float16 new_factor = exp_of_nonpositive(new_top - finite);
+      const Float16 old_factor = exp2_of_nonpositive(old_top - finite);
+      const Float16 new_factor = exp2_of_nonpositive(new_top - finite);
       store(factors[0] + r, old_factor);
       store(factors[1] + r, new_factor);
       store(whole.total + r, fma(load(part.total + r), new_factor, load(whole.total + r) * old_factor));
@@ -229,7 +239,7 @@ struct Tile {
     for (int64_t r = 0; r < task.rows; r += kLanes) {
       const Float16 total = load(whole.total + r);
       store(inverse + r, broadcast(1.0f) / total);
-      store(lse + r, load(whole.maximum + r) + log(total));
+      store(lse + r, fma(load(whole.maximum + r), broadcast(kLn2), log(total)));
     }
     for (int64_t r = 0; r < task.rows; ++r) {
       args.lse[place[r]] = lse[r];
@@ -243,10 +253,9 @@ struct Tile {
 };
 
 #if defined(__AMX_BF16__)
-// A run is 16 keys deep, so the tiles are: an instruction takes 16 dimensions of a score, or 16 keys of a sum. An
-// instruction waits for the last one on its tile of sums, so four of these are at work at any time: two blocks of rows
-// by two of columns, or one by four.
-constexpr int kDepth = 16;
+// An instruction takes 32 dimensions of a score, or 16 where the head is no multiple of that, and 16 keys of a sum of
+// values, for a run of keys is 16. It waits for the last one on its tile of sums, so four of these are at work at any
+// time: two blocks of rows by two of columns, or one by four.
 
 // One step of k for the sums in tiles 0 to 3: A's rows from `a`, B's columns from b[0] and on.
 template <bool kTwoBlocks>
@@ -301,11 +310,12 @@ template <bool kTwoBlocks>
 void score_in_tiles(Tile<bf16>& tile, int64_t first_run, int64_t end_run) {
   constexpr int kColumns = kTwoBlocks ? 2 : 4;
   const int64_t depth = tile.layout.depth;
-  fence();
+  const int step = depth % 32 == 0 ? 32 : 16;
+  configure_tiles(tile.task.rows, step);
   for (int64_t run = first_run; run < end_run; run += kColumns) {
     const int columns = static_cast<int>(end_run - run < kColumns ? end_run - run : kColumns);
     clear_tiles();
-    for (int64_t d = 0; d < depth; d += kDepth)
+    for (int64_t d = 0; d < depth; d += step)
       tile_step<kTwoBlocks>(tile.q + d, depth, tile.keys + run, d / 2 * tile.key_stride, tile.key_stride, columns);
     store_tiles<kTwoBlocks>(tile.scores + run * kLanes, kScoreStride, columns);
   }
@@ -315,7 +325,7 @@ template <bool kTwoBlocks>
 void weigh_in_tiles(Tile<bf16>& tile, int64_t first_run, int64_t end_run, float* out) {
   constexpr int kColumns = kTwoBlocks ? 2 : 4;
   const int64_t depth = tile.layout.depth;
-  fence();
+  configure_tiles(tile.task.rows, kLanes);
   for (int64_t d = 0; d < depth; d += kColumns * kLanes) {
     const int64_t left = (depth - d) / kLanes;
     const int columns = static_cast<int>(left < kColumns ? left : kColumns);

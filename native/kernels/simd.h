@@ -183,6 +183,10 @@ HEADRACE_INLINE void store(bf16* to, Float16 v) {
 }
 
 // Two vectors that follow each other in memory.
+HEADRACE_INLINE void store_pair(float* to, Float16 first, Float16 second) {
+  store(to, first);
+  store(to + kLanes, second);
+}
 HEADRACE_INLINE void store_pair(bf16* to, Float16 first, Float16 second) {
 #if defined(__AVX512BF16__)
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]));
