@@ -1,11 +1,13 @@
 // Linear layers over int8 weights: a scale for each column of the weight, and one for each row of x, taken when it comes.
 //
 // Panels are [out / 32][in / 4][32][4], `in` padded with zeros to a multiple of 64; then a float32 scale and an int32
-// sum of codes for each column. Codes are round(value / scale) in [-127, 127] with scale = max|value| / 127, so
-//   y = float(sum of x codes * w codes) * (x scale * w scale), then the epilogue.
+// sum of codes for each column. Codes are round(value / scale), with scale = max|value| / 127 for weights. Activations
+// have a few values far out, which would leave eight bits too coarse for the rest, and a second byte of them costs no
+// memory traffic: their codes reach to 127 * 256 and are cut into two rows of bytes, high * 256 + low, so
+//   y = (float(sum of high * w) * 256 + float(sum of low * w)) * (x scale * w scale), then the epilogue.
 // The sums are integers and exact: every level, every tile and every company of rows gives the same bits.
 //
-// Levels with VNNI multiply unsigned by signed bytes, so codes of x are stored there with 128 added, and 128 times the
+// Levels with VNNI multiply unsigned by signed bytes, so bytes of x are stored there with 128 added, and 128 times the
 // column's sum comes off at the end.
 #include "blocks.h"
 #include "epilogue.h"
@@ -17,6 +19,8 @@ namespace {
 
 constexpr int kVectors = kPanel / kLanes;
 constexpr int64_t kBytesPerStep = 4;  // values of k in a step
+constexpr int kHalves = 2;            // rows of bytes of a row of x: high, low
+constexpr float kMostWeight = 127.0f, kMostActivation = 127.0f * 256.0f;
 
 #if defined(__AVX512VNNI__)
 constexpr int32_t kOffset = 128;
@@ -34,37 +38,50 @@ HEADRACE_INLINE void store_bytes(uint8_t* to, Int16 v) {
 #endif
 }
 
-// Codes of a row, plus `offset`, and its scale; not a number or infinite where a value is.
-template <class T>
-void quantize_row(const T* from, int64_t count, int32_t offset, uint8_t* codes, float* scale) {
+HEADRACE_INLINE void store_some_bytes(uint8_t* to, Int16 v, int64_t n) {
+  if (n == kLanes) {
+    store_bytes(to, v);
+    return;
+  }
+  uint8_t tail[kLanes];
+  store_bytes(tail, v);
+  std::memcpy(to, tail, static_cast<size_t>(n));
+}
+
+// put(i, n, codes) takes the codes of a row, at most `most`. Returns their scale, which is infinite or not a number
+// where a value is.
+template <class T, class Put>
+HEADRACE_INLINE float quantize_row(const T* from, int64_t count, float most, Put put) {
   // As bits, magnitudes are in the order of their values and what is not a number comes last.
   const Int16 magnitude = broadcast(int32_t{0x7fffffff});
-  Float16 most = broadcast(0.0f);
+  Float16 tops = broadcast(0.0f);
   over_row(count, [&](int64_t i, int64_t n) {
     const Int16 v = bits(load_lanes(from + i, n)) & magnitude;
-    most = select(bits(most) < v, from_bits(v), most);
+    tops = select(bits(tops) < v, from_bits(v), tops);
   });
   int32_t lane[kLanes];
-  std::memcpy(lane, &most, sizeof lane);
+  std::memcpy(lane, &tops, sizeof lane);
   for (int i = 1; i < kLanes; ++i)
     if (lane[i] > lane[0]) lane[0] = lane[i];
   float top;
   std::memcpy(&top, lane, 4);
 
   constexpr float kLeast = 1e-30f;  // below it the quotient could overflow; such a row counts as zeros
-  *scale = top < kLeast ? 0.0f : top / 127.0f;
-  const Float16 inverse = broadcast(top >= kLeast ? 127.0f / top : 0.0f);
+  const Float16 inverse = broadcast(top >= kLeast ? most / top : 0.0f);
   const Float16 shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Int16 base = bits(shift) - broadcast(offset);
   over_row(count, [&](int64_t i, int64_t n) {
-    const Int16 code = bits(load_lanes(from + i, n) * inverse + shift) - base;
-    if (n == kLanes) {
-      store_bytes(codes + i, code);
-    } else {
-      uint8_t tail[kLanes];
-      store_bytes(tail, code);
-      std::memcpy(codes + i, tail, static_cast<size_t>(n));
-    }
+    put(i, n, bits(load_lanes(from + i, n) * inverse + shift) - bits(shift));
+  });
+  return top < kLeast ? 0.0f : top / most;
+}
+
+template <class T>
+float quantize_activations(const T* from, int64_t count, uint8_t* high, uint8_t* low) {
+  const Int16 half = broadcast(int32_t{128}), offset = broadcast(kOffset);
+  return quantize_row(from, count, kMostActivation, [&](int64_t i, int64_t n, Int16 code) {
+    const Int16 upper = shift_right(code + half, 8);
+    store_some_bytes(high + i, upper + offset, n);
+    store_some_bytes(low + i, code - shift_left(upper, 8) + offset, n);
   });
 }
 
@@ -88,8 +105,10 @@ void pack_panels(const PackArgs& args) {
       const int64_t row = source_row(args, panel, column), at = panel * kPanel + column;
       scales[at] = 0.0f;
       if (row >= 0)
-        quantize_row(static_cast<const T*>(args.weight) + row * args.stride, args.in, 0, codes + column * inner,
-                     scales + at);
+        scales[at] = quantize_row(static_cast<const T*>(args.weight) + row * args.stride, args.in, kMostWeight,
+                                  [&](int64_t i, int64_t n, Int16 code) {
+                                    store_some_bytes(codes + column * inner + i, code, n);
+                                  });
       int32_t sum = 0;
       for (int64_t k = 0; k < inner; ++k) sum += static_cast<int8_t>(codes[column * inner + k]);
       sums[at] = sum;
@@ -111,7 +130,7 @@ HEADRACE_INLINE Int16 dot_step(Int16 sum, const uint8_t* x, Int16 w) {
 #elif defined(__AVX2__)
   int32_t four;
   std::memcpy(&four, x, 4);
-  // Two products of at most 127 * 127 each fit into 16 bits.
+  // Two products of at most 128 * 127 each fit into 16 bits.
   const __m256i codes = _mm256_set1_epi32(four), magnitude = _mm256_abs_epi8(codes), ones = _mm256_set1_epi16(1);
   HEADRACE_EACH {
     const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8((__m256i)w.part[i], codes));
@@ -129,49 +148,59 @@ HEADRACE_INLINE Int16 dot_step(Int16 sum, const uint8_t* x, Int16 w) {
 
 // A call's operands as codes.
 struct Codes {
-  const uint8_t* x;
+  const uint8_t* x;  // [rows, kHalves, inner]
   const float* x_scales;
   int64_t inner;
   const float* scales;
   const int32_t* sums;
 };
 
-HEADRACE_INLINE void finish_sums(const LinearArgs& args, const Codes& codes, int64_t row, int64_t panel, Int16 first,
-                                 Int16 second) {
+// sums[half][vector] of one row and panel.
+HEADRACE_INLINE void finish_sums(const LinearArgs& args, const Codes& codes, int64_t row, int64_t panel,
+                                 const Int16 (&sums)[kHalves][kVectors]) {
   const int64_t column = panel * kPanel;
-  if (kOffset != 0) {
-    first = first - shift_left(load_words(codes.sums + column), 7);
-    second = second - shift_left(load_words(codes.sums + column + kLanes), 7);
+  const Float16 x_scale = broadcast(codes.x_scales[row]);
+  Float16 result[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    Int16 high = sums[0][v], low = sums[1][v];
+    if (kOffset != 0) {
+      const Int16 excess = shift_left(load_words(codes.sums + column + v * kLanes), 7);
+      high = high - excess;
+      low = low - excess;
+    }
+    result[v] = (to_floats(high) * broadcast(256.0f) + to_floats(low)) *
+                (load(codes.scales + column + v * kLanes) * x_scale);
   }
-  const Float16 scale = broadcast(codes.x_scales[row]);
-  finish_row(args, row, panel, to_floats(first) * (load(codes.scales + column) * scale),
-             to_floats(second) * (load(codes.scales + column + kLanes) * scale));
+  finish_row(args, row, panel, result[0], result[1]);
 }
 
 void compute_rows(const LinearArgs& args, const Codes& codes, const Block& block) {
-  in_row_tiles(block.row_end - block.row, [&](auto rows, int64_t first) {
+  in_row_tiles<(kRowTile + 1) / kHalves>(block.row_end - block.row, [&](auto rows, int64_t first) {
     constexpr int kRows = decltype(rows)::count;
     const int64_t row = block.row + first;
     for (int64_t panel = block.panel; panel < block.panel_end; ++panel) {
-      Int16 sum[kRows][kVectors];
-      for (auto& line : sum)
-        for (auto& v : line) v = broadcast(int32_t{0});
-      const uint8_t* x = codes.x + row * codes.inner;
+      Int16 sum[kRows][kHalves][kVectors];
+      for (auto& halves : sum)
+        for (auto& line : halves)
+          for (auto& v : line) v = broadcast(int32_t{0});
+      const uint8_t* x = codes.x + row * kHalves * codes.inner;
       const char* w = static_cast<const char*>(args.packed) + panel * codes.inner * kPanel;
       for (int64_t k = 0; k < codes.inner; k += kBytesPerStep, w += kBytesPerStep * kPanel) {
         Int16 column[kVectors];
         for (int v = 0; v < kVectors; ++v) column[v] = load_words(w + v * kLanes * kBytesPerStep);
         for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = dot_step(sum[r][v], x + r * codes.inner + k, column[v]);
+          for (int half = 0; half < kHalves; ++half)
+            for (int v = 0; v < kVectors; ++v)
+              sum[r][half][v] = dot_step(sum[r][half][v], x + (r * kHalves + half) * codes.inner + k, column[v]);
       }
-      for (int r = 0; r < kRows; ++r) finish_sums(args, codes, row + r, panel, sum[r][0], sum[r][1]);
+      for (int r = 0; r < kRows; ++r) finish_sums(args, codes, row + r, panel, sum[r]);
     }
   });
 }
 
 #if defined(__AMX_INT8__)
 // Fewer rows leave most of a tile empty and are faster one vector at a time.
-constexpr int64_t kTileRows = 5;
+constexpr int64_t kTileRows = 4;
 
 void compute(const LinearArgs& args, const Codes& codes, const Block& block) {
   if (args.rows < kTileRows) {
@@ -179,10 +208,15 @@ void compute(const LinearArgs& args, const Codes& codes, const Block& block) {
     return;
   }
   const TileOperands operands{reinterpret_cast<const char*>(codes.x), codes.inner,
-                              static_cast<const char*>(args.packed), args.rows, codes.inner};
-  tile_block<int32_t>(operands, block, [&](int64_t row, int64_t panel, int64_t count, const int32_t(*sum)[kPanel]) {
-    for (int64_t r = 0; r < count; ++r)
-      finish_sums(args, codes, row + r, panel, load_words(sum[r]), load_words(sum[r] + kLanes));
+                              static_cast<const char*>(args.packed), args.rows * kHalves, codes.inner};
+  const Block halves{block.row * kHalves, block.row_end * kHalves, block.panel, block.panel_end};
+  tile_block<int32_t>(operands, halves, [&](int64_t half, int64_t panel, int64_t count, const int32_t(*sum)[kPanel]) {
+    for (int64_t i = 0; i < count; i += kHalves) {
+      Int16 both[kHalves][kVectors];
+      for (int j = 0; j < kHalves; ++j)
+        for (int v = 0; v < kVectors; ++v) both[j][v] = load_words(sum[i + j] + v * kLanes);
+      finish_sums(args, codes, (half + i) / kHalves, panel, both);
+    }
   });
 }
 #else
@@ -200,7 +234,7 @@ void pack_int8(const PackArgs& args) {
 
 void linear_int8(const LinearArgs& args) {
   const int64_t inner = packed_inner(args.in, Type::int8), panels = round_up(args.out, kPanel) / kPanel;
-  const int64_t code_bytes = round_up(args.rows * inner, 64);
+  const int64_t code_bytes = args.rows * kHalves * inner;
   char* memory = static_cast<char*>(
       scratch(Slot::input, static_cast<size_t>(code_bytes + args.rows * static_cast<int64_t>(sizeof(float)))));
   uint8_t* x = reinterpret_cast<uint8_t*>(memory);
@@ -208,12 +242,13 @@ void linear_int8(const LinearArgs& args) {
   constexpr int64_t kGrain = 32768;  // values below which a region costs more than it saves
   in_row_ranges(args.rows, kGrain / (args.in + 1) + 1, [&](int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      uint8_t* codes = x + row * inner;
-      if (args.type == Type::bf16)
-        quantize_row(static_cast<const bf16*>(args.x) + row * args.x_stride, args.in, kOffset, codes, x_scales + row);
-      else
-        quantize_row(static_cast<const float*>(args.x) + row * args.x_stride, args.in, kOffset, codes, x_scales + row);
-      std::memset(codes + args.in, 0, static_cast<size_t>(inner - args.in));
+      uint8_t *high = x + row * kHalves * inner, *low = high + inner;
+      x_scales[row] =
+          args.type == Type::bf16
+              ? quantize_activations(static_cast<const bf16*>(args.x) + row * args.x_stride, args.in, high, low)
+              : quantize_activations(static_cast<const float*>(args.x) + row * args.x_stride, args.in, high, low);
+      std::memset(high + args.in, 0, static_cast<size_t>(inner - args.in));
+      std::memset(low + args.in, 0, static_cast<size_t>(inner - args.in));
     }
   });
   const Codes codes{x, x_scales, inner, scales_of(args.packed, panels, inner), sums_of(args.packed, panels, inner)};

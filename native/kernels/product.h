@@ -74,12 +74,12 @@ HEADRACE_INLINE void last_rows(int64_t first, int64_t rows, Body& body) {
   }
 }
 
-// Calls body(Rows<n>{}, first row) for `rows` rows in tiles of at most kRowTile.
-template <class Body>
+// Calls body(Rows<n>{}, first row) for `rows` rows in tiles of at most kTile.
+template <int kTile = kRowTile, class Body>
 HEADRACE_INLINE void in_row_tiles(int64_t rows, Body body) {
   int64_t first = 0;
-  for (; first + kRowTile <= rows; first += kRowTile) body(Rows<kRowTile>{}, first);
-  last_rows<kRowTile - 1>(first, rows - first, body);
+  for (; first + kTile <= rows; first += kTile) body(Rows<kTile>{}, first);
+  last_rows<kTile - 1>(first, rows - first, body);
 }
 
 }  // namespace headrace::HEADRACE_LEVEL

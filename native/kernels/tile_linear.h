@@ -59,7 +59,9 @@ HEADRACE_INLINE void tile_panel(const TileOperands& operands, int64_t row, int64
                                 Pending<Sum>& pending, Finish& finish, const char*& ahead, int64_t lines) {
   const char* x = operands.x + row * operands.x_bytes;
   const char* w = operands.packed + panel * operands.inner_bytes * kPanel;
-  const int64_t rows_per_step = (pending.rows * kTileBytes + operands.inner_bytes - 1) / operands.inner_bytes;
+  // Even, since two rows of bytes can be one row of the result.
+  const int64_t rows_per_step =
+      round_up((pending.rows * kTileBytes + operands.inner_bytes - 1) / operands.inner_bytes, 2);
   _tile_zero(0);
   _tile_zero(1);
   if (kTwoBlocks) {
