@@ -96,13 +96,17 @@ class Batch:
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
             self._began_s, self._tokens = time.monotonic(), 0
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._one(index, prompt, limit, advance))
-                    for index, prompt in enumerate(prompts)
-                ]
+            tasks = [
+                asyncio.create_task(self._one(index, prompt, limit, advance))
+                for index, prompt in enumerate(prompts)
+            ]
+            try:
                 for task in tasks:
                     show(await task)
+            finally:  # not a TaskGroup: what `show` raises is for the caller, as it is
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._engine.stop()
 

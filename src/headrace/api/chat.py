@@ -25,6 +25,7 @@ from headrace.api.schema import ChatCompletionRequest
 from headrace.api.served import Server
 from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
 from headrace.api.terms import Terms
+from headrace.engine import RequestRefused
 from headrace.protocol.requests import TokenLogprobs
 
 
@@ -50,7 +51,12 @@ def chat_routes(server: Server) -> APIRouter:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
         )
-        generation = Generation(server, [prompt], sampling, text_options_of(body), body, terms)
+        try:
+            generation = Generation(server, [prompt], sampling, text_options_of(body), body, terms)
+        except RequestRefused as refusal:
+            error = refusal.error
+            field = "messages" if error.field == "prompt" else error.field  # where the client finds it
+            raise RequestRefused(error.code, error.message, field) from None
         if body.stream:
             writer = _ChatChunks(server, generation, body)
             return await stream_response(request.receive, generation, writer, body.include_usage)

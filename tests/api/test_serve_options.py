@@ -1,0 +1,101 @@
+"""What `headrace serve` makes of its options for the HTTP side."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import headrace.api.service
+import headrace.store
+from headrace.cli.app import app
+from headrace.config import EngineOptions, ServingOptions
+from headrace.store import ModelFiles
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the command with a service that only notes what it is given."""
+    given: dict[str, Any] = {}
+
+    class Noting:
+        def __init__(self, files: ModelFiles, options: EngineOptions, bound: Any, **more: Any) -> None:
+            bound.close()
+            given.update(more, engine=options)
+
+        async def run(self) -> None:
+            pass
+
+    files = ModelFiles(
+        name="noted",
+        directory=tmp_path,
+        config={},
+        generation_config={},
+        tokenizer_config={},
+        weights=(),
+        tensors={},
+        tokenizer=tmp_path,
+        chat_template=None,
+        revision="0",
+    )
+    monkeypatch.setattr(headrace.api.service, "Service", Noting)
+    monkeypatch.setattr(headrace.store, "resolve", lambda model, progress: files)
+    monkeypatch.delenv("HEADRACE_API_KEY", raising=False)
+
+    def run(*options: str, environment: dict[str, str] | None = None) -> tuple[int, str, dict[str, Any]]:
+        result = CliRunner().invoke(app, ["serve", "noted", "--port", "0", *options], env=environment)
+        return result.exit_code, result.output, given
+
+    return run
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def test_everything_is_open_and_bounded_where_nothing_is_said(serve: Any) -> None:
+    code, _, given = serve()
+    assert code == 0
+    assert given["serving"] == ServingOptions()
+    assert given["engine"].max_waiting == EngineOptions(directory="", served_name="").max_waiting
+
+
+def test_options_reach_their_parts(serve: Any, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text('[[keys]]\nname = "filed"\nkey = "third"\nconcurrent_requests = 2\n')
+    code, output, given = serve(
+        *("--api-key", "first", "--api-key", "second", "--api-keys", str(path)),
+        *("--cors-origin", "https://a.example", "--max-body-size", "1MiB", "--max-prompt-characters", "99"),
+        *("--max-waiting", "7", "--request-timeout", "2.5"),
+    )
+    assert code == 0, output
+    serving = given["serving"]
+    assert [key.name for key in serving.keys] == ["default", "default 2", "filed"]
+    assert [key.digest for key in serving.keys] == [digest("first"), digest("second"), digest("third")]
+    assert serving.keys[2].concurrent_requests == 2
+    assert serving.cors_origins == ("https://a.example",)
+    assert (serving.max_body_bytes, serving.max_prompt_characters) == (1 << 20, 99)
+    assert serving.request_timeout_s == 2.5
+    assert given["engine"].max_waiting == 7
+
+
+def test_a_key_from_the_environment(serve: Any) -> None:
+    _, _, given = serve(environment={"HEADRACE_API_KEY": "hidden"})
+    assert [key.digest for key in given["serving"].keys] == [digest("hidden")]
+    _, _, given = serve(environment={"HEADRACE_API_KEY": ""})
+    assert given["serving"].keys == ()
+
+
+def test_what_cannot_be_is_said_without_the_key(serve: Any, tmp_path: Path) -> None:
+    for options in (
+        ("--api-key", "se cret"),
+        ("--api-key", "secret", "--api-key", "secret"),
+        ("--api-keys", str(tmp_path / "none")),
+    ):
+        code, output, _ = serve(*options)
+        assert code == 1, output
+        assert "headrace: error:" in output
+        assert "cret" not in output
