@@ -62,6 +62,7 @@ def test_version() -> None:
         (["generate", "no-such-model", "hello"], "no model 'no-such-model'"),
         (["generate", "smollm2-135m"], "no prompt"),
         (["serve", "smollm2-135m", "--port", "0", "--kv-cache-memory", "much"], "'much' is not a size"),
+        (["generate", "smollm2-135m", "--file", "/no/such/file"], "/no/such/file: No such file"),
         (["serve", "smollm2-135m", "--host", "no.such.host.invalid"], "cannot be resolved"),
     ],
 )
@@ -94,6 +95,11 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n', encoding="utf-8")
     assert [asked.label for asked in _from_file(lines, chat=False)] == ["a", "b"]
+    lines.write_text('{"prompt": "a\u2028b\x85c"}\r\n', encoding="utf-8")
+    assert [asked.prompt for asked in _from_file(lines, chat=False)] == ["a\u2028b\x85c"]
+    plain.write_bytes(b"good\n\xff\xfe")
+    with pytest.raises(ValueError, match=r"prompts\.txt: not UTF-8 text at byte 5"):
+        _from_file(plain, chat=False)
     for broken, words in (
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 HEADRACE = [sys.executable, "-m", "headrace"]
 
@@ -38,6 +41,44 @@ def test_generate_answers_a_chat_in_plain_text(smollm2_dir: Path) -> None:
     done = run("generate", str(smollm2_dir), "--chat", "What is the capital of France?", "--temperature", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"
+
+
+def test_a_reader_that_leaves_ends_generate_without_words(smollm2_dir: Path) -> None:
+    command = [*HEADRACE, "generate", str(smollm2_dir), "Hello", "World", "--max-tokens", "2", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_output_that_cannot_take_the_text_is_told(smollm2_dir: Path) -> None:
+    done = subprocess.run(
+        [*HEADRACE, "generate", str(smollm2_dir), "Ünïcödé", "b", "--max-tokens", "2"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 1
+    assert done.stderr == "headrace: error: the output takes only ascii; set PYTHONIOENCODING=utf-8\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_ended_takes_its_server_along(smollm2_dir: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [*HEADRACE, "demo", str(smollm2_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 60
+    while len(children := parent.children(recursive=True)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert len(children) >= 2, "the server and its engine"
+    process.send_signal(number)
+    process.wait(timeout=40)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
 
 
 def test_ctrl_c_ends_generate_cleanly(smollm2_dir: Path) -> None:

@@ -82,6 +82,15 @@ def test_eight_at_once_and_a_seed_that_repeats(served: Served) -> None:
     assert len(set(texts)) > 1
 
 
+def test_a_request_that_forbids_every_token_ends_alone(client: openai.OpenAI) -> None:
+    everything = list(range(49152))
+    with pytest.raises(openai.BadRequestError, match="no token is left to choose"):
+        client.completions.create(
+            model="smol", prompt="Hi", extra_body={"min_tokens": 1, "stop_token_ids": everything}
+        )
+    assert client.completions.create(model="smol", prompt="Hi", max_tokens=2).choices[0].text
+
+
 def test_the_gateway_has_no_torch(served: Served) -> None:
     assert any("libtorch" in region.path for region in served.engine.memory_maps())
     assert not any("libtorch" in region.path for region in served.gateway.memory_maps())

@@ -10,8 +10,10 @@ from headrace.engine import GroupSpec, KVCache, Scheduler, SchedulerConfig, Step
 from headrace.engine.sequence import Sequence, State
 from headrace.protocol.requests import (
     ErrorCode,
+    Finish,
     FinishReason,
     GenerateRequest,
+    RequestError,
     SamplingParams,
     SequenceOutput,
     TokenLogprobs,
@@ -121,6 +123,21 @@ def test_several_tokens_of_one_step_count_up_to_the_one_that_ends() -> None:
     s.commit(plan(s), StepResult(tokens=[[1, 2, 3, 4]]))
     (output,) = s.take_outputs()
     assert output.tokens == [1, 2, 3] and endings([output]) == [("a", 0, FinishReason.STOP)]
+
+
+def test_a_sequence_without_a_choice_ends_alone_and_leaves_nothing_in_the_cache() -> None:
+    s = scheduler()
+    s.add(request("bad", tokens(9)))
+    s.add(request("good", tokens(9, first=20)))
+    made = plan(s)
+    error = RequestError(ErrorCode.INTERNAL, "not finite")
+    s.commit(made, StepResult(tokens=[[], [9]], failed={0: error}))
+    bad, good = s.take_outputs()
+    assert bad.finish == Finish(FinishReason.ERROR, error=error) and good.tokens == [9]
+    s.cache.pool.check()
+    assert s.cache.pool.held == len(find(s, "good").tables[0])
+    s.add(request("again", tokens(9)))
+    assert plan(s).rows[1].start == 0, "what it wrote was given to another"
 
 
 # ---- the prefix cache ----------------------------------------------------------------------------------

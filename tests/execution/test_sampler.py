@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from headrace.engine.plan import RowStart
-from headrace.execution.sampler import NonFiniteLogits, RowSampler, token_logprobs
-from headrace.protocol.requests import SamplingParams
+from headrace.execution.sampler import NoChoice, RowSampler, token_logprobs
+from headrace.protocol.requests import ErrorCode, SamplingParams
 
 VOCAB = 64
 EOS = frozenset({7})
@@ -167,9 +167,22 @@ def test_the_input_is_left_as_it_is():
     np.testing.assert_array_equal(row, before)
 
 
-def test_logits_without_a_finite_maximum_are_an_error():
-    with pytest.raises(NonFiniteLogits, match="position 3"):
+def test_logits_without_a_finite_maximum_are_the_models_fault():
+    with pytest.raises(NoChoice, match="position 3") as raised:
         sampler().sample(np.full(VOCAB, np.nan, np.float32), 3)
+    assert raised.value.error.code is ErrorCode.INTERNAL
+
+
+def test_forbidding_every_token_is_the_requests_fault():
+    with pytest.raises(NoChoice, match="no token is left to choose at position 3") as raised:
+        sampler(min_tokens=1, stop_token_ids=tuple(range(VOCAB))).sample(random_logits(), 3)
+    assert raised.value.error.code is ErrorCode.INVALID
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_furthest_repetition_penalties_can_be_computed(penalty):
+    row = np.full(VOCAB, 1e4, np.float32) * np.where(np.arange(VOCAB) % 2, 1, -1).astype(np.float32)
+    sampler(tokens=list(range(VOCAB)), repetition_penalty=penalty).sample(row, VOCAB)
 
 
 def test_logprobs_are_the_log_softmax_with_rank_and_alternatives():

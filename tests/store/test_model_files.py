@@ -177,6 +177,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: change(m / "config.json", quantization_config={"quant_method": "gptq"}),
         "quantised with 'gptq'",
     ),
+    "quantised somehow": (
+        lambda m: change(m / "config.json", quantization_config="x"),
+        "quantised with 'x'",
+    ),
+    "no kv heads": (lambda m: change(m / "config.json", num_key_value_heads=0), "num_key_value_heads is 0"),
     "layers": (lambda m: change(m / "config.json", num_hidden_layers="2"), "num_hidden_layers is '2'"),
     "end tokens": (lambda m: change(m / "generation_config.json", eos_token_id=["x"]), "eos_token_id is"),
     "generation config": (lambda m: (m / "generation_config.json").write_text("x"), "generation_config.json"),

@@ -120,11 +120,15 @@ def _from_arguments(texts: list[str], chat: bool) -> list[_Asked]:
 
 def _from_file(path: Path, chat: bool) -> list[_Asked]:
     """Raises ValueError that names the line that cannot be read."""
-    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    lines = text.split("\n")  # only these end a line: a prompt may hold the others that Unicode knows
     if path.suffix != ".jsonl":
-        return _from_arguments([line for line in text.splitlines() if line.strip()], chat)
+        return _from_arguments([line for line in lines if line.strip()], chat)
     found: list[_Asked] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -42,7 +42,7 @@ MaxNumBatchedTokens = Annotated[
 KvCacheMemory = Annotated[
     str, typer.Option("--kv-cache-memory", metavar="SIZE", help="For the KV cache, as in 512MiB or 2GiB.")
 ]
-BlockSize = Annotated[int, typer.Option("--block-size", min=1, help="Positions of one KV block.")]
+BlockSize = Annotated[int, typer.Option("--block-size", min=1, max=1024, help="Positions of one KV block.")]
 NoPrefixCaching = Annotated[
     bool, typer.Option("--no-prefix-caching", help="Compute every prompt from its first token.")
 ]

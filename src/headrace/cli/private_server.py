@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import subprocess
@@ -11,6 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from headrace.world.launcher import die_with_parent
 
 START_TIMEOUT_S = 600.0
 """Long enough to fetch a model."""
@@ -27,8 +31,10 @@ def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
     """Serve `model` and give its URL; `say` gets what the server says while it starts.
 
     Raises ServerLostError when it does not become ready, or does not end well. It runs in a session of its
-    own, so that Ctrl-C does not reach it.
+    own, so that Ctrl-C does not reach it; SIGTERM and SIGHUP of its user stop it first, and if its user is
+    killed, so is it.
     """
+    parent = os.getpid()
     server = subprocess.Popen(
         [sys.executable, "-m", "headrace", "serve", model, "--port", "0"],
         stdin=subprocess.DEVNULL,
@@ -36,13 +42,22 @@ def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: die_with_parent(parent),
     )
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _leave) for number in signals}
     try:
         yield _wait_ready(server, say)
         if (code := _stop(server)) != 0:
             raise ServerLostError(f"the server ended with exit code {code}")
     finally:
         _stop(server)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _stop(server: subprocess.Popen[str]) -> int:

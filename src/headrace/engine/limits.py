@@ -65,11 +65,7 @@ def _check_sampling(params: SamplingParams, limits: ModelLimits) -> None:
     _within("seed", params.seed, 0, SEED_LIMIT - 1)
     if not 0.0 < params.top_p <= 1.0:
         raise _invalid("top_p", f"top_p must be above 0 and at most 1, got {params.top_p}")
-    if not 0.0 < params.repetition_penalty <= 100.0:
-        raise _invalid(
-            "repetition_penalty",
-            f"repetition_penalty must be above 0 and at most 100, got {params.repetition_penalty}",
-        )
+    _within("repetition_penalty", params.repetition_penalty, 0.01, 100.0)
     for name in ("logprobs", "prompt_logprobs"):
         if (value := getattr(params, name)) is not None:
             _within(name, value, 0, MAX_LOGPROBS)

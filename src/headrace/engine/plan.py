@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from headrace.protocol.requests import SamplingParams, TokenLogprobs
+from headrace.protocol.requests import RequestError, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,9 @@ class StepResult:
     """By index into `plan.rows`, one for each sampled token, where asked for."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By index into `plan.rows`: of the prompt tokens that the row's positions predict."""
+    failed: dict[int, RequestError] = field(default_factory=dict)
+    """By index into `plan.rows`, why no token could be chosen where one was due. It ends that sequence alone;
+    the step's positions do not count as computed."""
     kernel_s: float = 0.0
     """Seconds spent in kernels, for the share of a step that is not one."""
 

@@ -156,7 +156,9 @@ class Scheduler:
         for i, (row, sequence) in enumerate(zip(plan.rows, self._submitted.pop(plan.number), strict=True)):
             sequence.in_flight -= 1
             sequence.pending -= row.sample
-            if sequence.state is not State.ENDED:  # what was preempted meanwhile finds its blocks again
+            if i in result.failed and sequence.state is not State.ENDED:
+                self._end(sequence, Finish(FinishReason.ERROR, error=result.failed[i]))
+            elif sequence.state is not State.ENDED:  # what was preempted meanwhile finds its blocks again
                 sequence.computed += row.count
                 self.cache.advance(sequence)
                 self._take_result(sequence, i, result)

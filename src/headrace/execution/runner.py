@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
-from headrace.execution.sampler import RowSampler, token_logprobs
+from headrace.execution.sampler import NoChoice, RowSampler, token_logprobs
 from headrace.kernels.batch import Batch
 from headrace.models.decoder import Decoder
-from headrace.protocol.requests import TokenLogprobs
+from headrace.protocol.requests import RequestError, TokenLogprobs
 
 _LOGIT_ROWS = 32  # prompt positions whose logits are in memory at once: [32, vocab] float32
 
@@ -62,9 +62,9 @@ class TorchExecutor(Executor):
             self._start(start)
         kernel_s = self._decoder.kernels.busy_s
         hidden = self._decoder.forward(self._batch(plan.rows))
-        tokens, logprobs = self._sample(plan, hidden)
+        tokens, logprobs, failed = self._sample(plan, hidden)
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
-        return StepResult(tokens, logprobs, prompt_logprobs, self._decoder.kernels.busy_s - kernel_s)
+        return StepResult(tokens, logprobs, prompt_logprobs, failed, self._decoder.kernels.busy_s - kernel_s)
 
     # ---- before the forward pass ---------------------------------------------------------------------
 
@@ -112,17 +112,18 @@ class TorchExecutor(Executor):
 
     def _sample(
         self, plan: StepPlan, hidden: torch.Tensor
-    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
-        """A token for each row that samples, from the hidden state of its last position."""
+    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]], dict[int, RequestError]]:
+        """A token for each row that samples, from its last position's hidden state, or why there is none."""
         tokens: list[list[int]] = [[] for _ in plan.rows]
         logprobs: dict[int, list[TokenLogprobs]] = {}
+        failed: dict[int, RequestError] = {}
         last, sampling = -1, []
         for i, row in enumerate(plan.rows):
             last += row.count
             if row.sample:
                 sampling.append((i, row, last))
         if not sampling:
-            return tokens, logprobs
+            return tokens, logprobs, failed
         indices = torch.tensor([last for _, _, last in sampling])
         logits = self._decoder.logits(hidden[indices]).numpy()
         for (i, row, _), row_logits in zip(sampling, logits, strict=True):
@@ -130,13 +131,17 @@ class TorchExecutor(Executor):
             if sampler is None:
                 raise RuntimeError(f"row {row.row} runs before it was started")
             position = row.start + row.count
-            token = sampler.sample(row_logits, position)
+            try:
+                token = sampler.sample(row_logits, position)
+            except NoChoice as none:
+                failed[i] = none.error
+                continue
             if position < self._tokens.shape[1]:
                 self._tokens[row.row, position] = token
             tokens[i].append(token)
             if sampler.wants_logprobs is not None:
                 logprobs[i] = [token_logprobs(row_logits, token, sampler.wants_logprobs)]
-        return tokens, logprobs
+        return tokens, logprobs, failed
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """For each row that asks: of the prompt tokens that this step's positions predict."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from headrace.engine.plan import RowStart
 from headrace.kernels.gumbel import gumbel_noise
-from headrace.protocol.requests import TokenLogprobs
+from headrace.protocol.requests import ErrorCode, RequestError, TokenLogprobs
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -29,8 +29,12 @@ _REACH = 41.0
 _GREEDY_BELOW = 1e-5
 
 
-class NonFiniteLogits(RuntimeError):
-    """The model computed NaN or infinity where a choice has to be made."""
+class NoChoice(Exception):
+    """No token can be chosen; `error` says whether the model is at fault or what the request forbids."""
+
+    def __init__(self, code: ErrorCode, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.error = RequestError(code, message, field)
 
 
 class RowSampler:
@@ -55,17 +59,33 @@ class RowSampler:
         self.wants_logprobs = params.logprobs
 
     def sample(self, logits: Row, position: int) -> int:
-        """Choose the token at `position` of the sequence from raw logits [vocab], and remember it."""
+        """Choose the token at `position` of the sequence from raw logits [vocab], and remember it.
+
+        Raises NoChoice where every token is forbidden, or the logits are not finite.
+        """
         row = self._process(logits, position)
         best = int(np.argmax(row))
         if not math.isfinite(row[best]):
-            raise NonFiniteLogits(f"the logits at position {position} have no finite maximum")
+            raise self._no_choice(logits, position)
         token = best if self._params.temperature < _GREEDY_BELOW else self._draw(row, row[best], position)
         if self._counts is not None:
             self._counts[token] += 1.0
         if self._seen is not None:
             self._seen[token] = True
         return token
+
+    def _no_choice(self, logits: Row, position: int) -> NoChoice:
+        if math.isfinite(np.max(logits)):
+            return NoChoice(
+                ErrorCode.INVALID,
+                f"no token is left to choose at position {position}: min_tokens forbids all of "
+                "stop_token_ids until it is reached",
+                "min_tokens",
+            )
+        return NoChoice(
+            ErrorCode.INTERNAL,
+            f"the model's logits at position {position} are not finite; its weights or dtype are at fault",
+        )
 
     def _process(self, logits: Row, position: int) -> Row:
         """Penalties, logit bias and forbidden stops; the input is left as it is."""

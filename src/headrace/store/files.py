@@ -135,13 +135,17 @@ def _check_config(directory: Path, config: Mapping[str, Any]) -> None:
             f"{', '.join(MODEL_TYPES)} are"
         )
     if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "of an unnamed kind")
+        named = config["quantization_config"]
+        method = named.get("quant_method", "of an unnamed kind") if isinstance(named, dict) else named
         raise UnsupportedModelError(
             f"{directory / 'config.json'}: weights quantised with {method!r} are not served; take the "
             "unquantised checkpoint or a GGUF file"
         )
     text = text_config(config)
-    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+    required = ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"]
+    if text.get("num_key_value_heads") is not None:  # else as many as there are heads
+        required.append("num_key_value_heads")
+    for key in required:
         value = text.get(key)
         if type(value) is not int or value <= 0:
             raise ModelFileError(f"{directory / 'config.json'}: {key} is {value!r}, not a positive integer")
