@@ -9,6 +9,8 @@ namespace headrace::HEADRACE_LEVEL {
 void pack(const PackArgs&);
 void linear(const LinearArgs&);
 void norm(const NormArgs&);
+void embed(const EmbedArgs&);
+void cap(const CapArgs&);
 void rotate(const RotateArgs&);
 void attention(const AttentionArgs&);
 void gumbel(const GumbelArgs&);
@@ -16,6 +18,7 @@ void uniform(const GumbelArgs&);
 uint64_t read(const ReadArgs&);
 
 extern const KernelTable table;
-const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, rotate, attention, gumbel, uniform, read};
+const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, embed, cap, rotate, attention, gumbel,
+                           uniform, read};
 
 }  // namespace headrace::HEADRACE_LEVEL

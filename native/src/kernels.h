@@ -70,6 +70,24 @@ struct Sequences {
   int64_t count, tokens;
 };
 
+// Rows of a table as float32, times a scale.
+struct EmbedArgs {
+  const int32_t* tokens;
+  int64_t count;
+  const void* table;  // [vocab, columns] of `type`
+  int64_t vocab, columns;
+  Type type;
+  float scale;
+  float* y;  // [count, columns]
+};
+
+// x becomes cap * tanh(x / cap).
+struct CapArgs {
+  float* x;  // [rows, columns]
+  int64_t rows, columns;
+  float cap;
+};
+
 struct RotateArgs {
   const void* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
   Type type;
@@ -113,6 +131,8 @@ struct KernelTable {
   void (*pack)(const PackArgs&);
   void (*linear)(const LinearArgs&);
   void (*norm)(const NormArgs&);
+  void (*embed)(const EmbedArgs&);
+  void (*cap)(const CapArgs&);
   void (*rotate)(const RotateArgs&);
   void (*attention)(const AttentionArgs&);
   void (*gumbel)(const GumbelArgs&);

@@ -5,13 +5,17 @@
 // interpreter lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
 #include <string>
 
+#include "checks.h"
 #include "kernels.h"
+#include "program.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -23,41 +27,6 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-// Positions [first, last] of a sequence must be in pages that the table names and the pool has.
-void check_pages(const Cache& cache, int64_t sequence, int64_t first, int64_t last) {
-  const int32_t* row = cache.table + sequence * cache.table_stride;
-  for (int64_t j = first / cache.block_size; j <= last / cache.block_size; ++j) {
-    const int64_t page = j < cache.table_width ? row[j] : -1;
-    if (page < 0 || page >= cache.page_count)
-      throw std::out_of_range("sequence " + std::to_string(sequence) + ": entry " + std::to_string(j) +
-                              " of its block table (for positions from " + std::to_string(j * cache.block_size) +
-                              ") is " + (j < cache.table_width ? std::to_string(page) : "missing") +
-                              ", not one of the pool's " + std::to_string(cache.page_count) + " pages");
-  }
-}
-
-void check_sequences(const Sequences& sequences) {
-  if (sequences.query_start[0] != 0 || sequences.query_start[sequences.count] != sequences.tokens)
-    throw std::out_of_range("query_start must run from 0 to the number of tokens, " + std::to_string(sequences.tokens));
-  for (int64_t s = 0; s < sequences.count; ++s)
-    if (sequences.query_start[s] > sequences.query_start[s + 1])
-      throw std::out_of_range("query_start falls after sequence " + std::to_string(s));
-}
-
-// The least and greatest position of a sequence's tokens; false where it has none.
-bool position_range(const Sequences& sequences, int64_t s, int64_t& least, int64_t& most) {
-  const int32_t first = sequences.query_start[s], end = sequences.query_start[s + 1];
-  if (first == end) return false;
-  least = most = sequences.positions[first];
-  for (int32_t t = first; t < end; ++t) {
-    const int64_t position = sequences.positions[t];
-    if (position < least) least = position;
-    if (position > most) most = position;
-  }
-  if (least < 0) throw std::out_of_range("sequence " + std::to_string(s) + " has a negative position");
-  return true;
 }
 
 Cache cache_of(uintptr_t pages, int64_t page_count, int64_t page_stride, int64_t layer, int64_t kv_heads,
@@ -143,6 +112,22 @@ NB_MODULE(_native, m) {
       kernel);
 
   m.def(
+      "embed",
+      [](uintptr_t tokens, int64_t count, uintptr_t table, int64_t vocab, int64_t columns, int type, float scale,
+         uintptr_t y) {
+        const EmbedArgs args{at<const int32_t>(tokens), count, at<const void>(table), vocab, columns, Type(type), scale,
+                             at<float>(y)};
+        check_tokens(args);
+        kernels().embed(args);
+      },
+      kernel);
+
+  m.def(
+      "soft_cap",
+      [](uintptr_t x, int64_t rows, int64_t columns, float cap) { kernels().cap({at<float>(x), rows, columns, cap}); },
+      kernel);
+
+  m.def(
       "rotate_and_store",
       [](uintptr_t qkv, int type, int64_t heads, uintptr_t query_start, uintptr_t positions, int64_t sequences,
          int64_t tokens, uintptr_t pages, int64_t page_count, int64_t page_stride, int64_t layer, int64_t kv_heads,
@@ -152,13 +137,7 @@ NB_MODULE(_native, m) {
         const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, table,
                                      table_stride, table_width);
         check_sequences(rows);
-        for (int64_t s = 0, least, most; s < sequences; ++s) {
-          if (!position_range(rows, s, least, most)) continue;
-          check_pages(cache, s, least, most);
-          if (most >= cos_sin_rows)
-            throw std::out_of_range("sequence " + std::to_string(s) + ": position " + std::to_string(most) +
-                                    " is beyond the " + std::to_string(cos_sin_rows) + " rows of cos_sin");
-        }
+        check_writes(rows, cache, cos_sin_rows);
         kernels().rotate({at<const void>(qkv), Type(type), heads, rows, cache, at<const float>(cos_sin), cos_sin_rows,
                           at<const float>(q_norm), at<const float>(k_norm), eps, at<void>(q)});
       },
@@ -174,13 +153,63 @@ NB_MODULE(_native, m) {
         const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, table,
                                      table_stride, table_width);
         check_sequences(rows);
-        for (int64_t s = 0, least, most; s < sequences; ++s)
-          if (position_range(rows, s, least, most))
-            check_pages(cache, s, window > 0 && least >= window ? least + 1 - window : 0, most);
+        check_reads(rows, cache, window);
         kernels().attention({at<const void>(q), Type(type), heads, rows, cache, scale, window, softcap, at<void>(out),
                              at<float>(lse)});
       },
       kernel);
+
+  // What is recorded comes as in the functions above, with a slot's number in place of an activation's address and a
+  // KV group's in place of its tables.
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("embed",
+           [](Program& program, uintptr_t table, int64_t vocab, int64_t columns, int type, float scale, int y) {
+             program.embed({nullptr, 0, at<const void>(table), vocab, columns, Type(type), scale, nullptr}, y);
+           })
+      .def("linear",
+           [](Program& program, int x, uintptr_t packed, uintptr_t bias, int64_t out, int64_t in, int type,
+              int packed_type, int gate, int y, int64_t y_stride, int output) {
+             program.linear({nullptr, 0, in, at<const void>(packed), at<const float>(bias), out, in, Type(type),
+                             Type(packed_type), Gate(gate), nullptr, y_stride, Output(output)},
+                            x, y);
+           })
+      .def("rms_norm",
+           [](Program& program, int x, uintptr_t weight, int64_t columns, float eps, int y, int output) {
+             program.norm({nullptr, at<const float>(weight), 0, columns, eps, nullptr, Output(output)}, x, y);
+           })
+      .def("soft_cap",
+           [](Program& program, int x, int64_t columns, float cap) { program.cap({nullptr, 0, columns, cap}, x); })
+      .def("rotate_and_store",
+           [](Program& program, int qkv, int type, int64_t heads, int group, uintptr_t pages, int64_t page_count,
+              int64_t page_stride, int64_t layer, int64_t kv_heads, int64_t head_dim, int64_t block_size,
+              uintptr_t cos_sin, int64_t cos_sin_rows, uintptr_t q_norm, uintptr_t k_norm, float eps, int q) {
+             const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, 0, 0, 0);
+             program.rotate({nullptr, Type(type), heads, {}, cache, at<const float>(cos_sin), cos_sin_rows,
+                             at<const float>(q_norm), at<const float>(k_norm), eps, nullptr},
+                            qkv, q, group);
+           })
+      .def("attention",
+           [](Program& program, int q, int type, int64_t heads, int group, uintptr_t pages, int64_t page_count,
+              int64_t page_stride, int64_t layer, int64_t kv_heads, int64_t head_dim, int64_t block_size, float scale,
+              int64_t window, float softcap, int out, int lse) {
+             const Cache cache = cache_of(pages, page_count, page_stride, layer, kv_heads, head_dim, block_size, 0, 0, 0);
+             program.attention({nullptr, Type(type), heads, {}, cache, scale, window, softcap, nullptr, nullptr}, q, out,
+                               lse, group);
+           })
+      .def("place", &Program::place)
+      .def(
+          "run",
+          [](const Program& program, uintptr_t x, int64_t rows, uintptr_t y, uintptr_t workspace, uintptr_t query_start,
+             uintptr_t positions, int64_t sequences, int64_t tokens,
+             const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& tables) {
+            ProgramInputs inputs{at<const void>(x), rows, at<void>(y), at<char>(workspace),
+                                 {at<const int32_t>(query_start), at<const int32_t>(positions), sequences, tokens}, {}};
+            for (const auto& [entries, stride, width] : tables)
+              inputs.tables.push_back({at<const int32_t>(entries), stride, width});
+            program.run(inputs);
+          },
+          kernel);
 
   m.def(
       "read", [](uintptr_t memory, int64_t bytes) { return kernels().read({at<const void>(memory), bytes}); }, kernel);

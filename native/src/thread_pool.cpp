@@ -43,6 +43,9 @@ bool spin(Ready ready) {
   return ready();
 }
 
+// How many StayAwake live.
+std::atomic<int> kept_awake{0};
+
 // The region in progress is one word: how many tasks it has and how many are claimed. Whoever moves `claimed`
 // from i to i + 1 owns task i, and the region cannot end before that task has, so function and context may be
 // read after the claim and a worker that comes late finds either nothing to claim or a later region's task.
@@ -100,6 +103,10 @@ class Pool {
       while (claim_and_run()) {
       }
       if (spin([this] { return open(); })) continue;
+      if (kept_awake.load(std::memory_order_relaxed) > 0) {
+        std::this_thread::yield();
+        continue;
+      }
       std::unique_lock<std::mutex> lock(sleep_);
       // Counted before the last look at the region: either this look sees a new region, or its caller
       // sees the sleeper.
@@ -139,6 +146,7 @@ Global*& global_slot() {
       const int wanted = global_slot()->wanted;
       global_slot() = new Global;
       global_slot()->wanted = wanted;
+      kept_awake.store(0, std::memory_order_relaxed);
     });
     return new Global;
   }();
@@ -168,6 +176,9 @@ void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   }
   for (int64_t task = 0; task < tasks; ++task) function(context, task);
 }
+
+StayAwake::StayAwake() { kept_awake.fetch_add(1, std::memory_order_relaxed); }
+StayAwake::~StayAwake() { kept_awake.fetch_sub(1, std::memory_order_relaxed); }
 
 void set_threads(int count) {
   Global& global = *global_slot();

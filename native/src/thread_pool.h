@@ -12,6 +12,15 @@ using TaskFunction = void (*)(void* context, int64_t task);
 // same time runs its tasks alone. A task must not start a region.
 void run_tasks(int64_t tasks, TaskFunction function, void* context);
 
+// While one lives, workers wait for the next region without going to sleep.
+class StayAwake {
+ public:
+  StayAwake();
+  ~StayAwake();
+  StayAwake(const StayAwake&) = delete;
+  StayAwake& operator=(const StayAwake&) = delete;
+};
+
 // The number of threads that share a region, the caller included. Waits for a region in progress.
 void set_threads(int count);
 int threads();

@@ -1,17 +1,19 @@
 """What a decoder needs from a kernel library, and nothing else.
 
-A `Kernels` object owns the precision, the packing of weights and the layout inside a KV page, so a
-model never sees any of them. The residual stream is float32 everywhere; `dtype` is that of weights,
-of the inputs of linear layers, and of cached keys and values.
+A `Kernels` object owns the precision, the packing of weights and the layout inside a KV page, so a model
+never sees any of them. A model writes its forward pass once, over `Operations`, and hands it to
+`Kernels.capture`, which gives a `Program`: the sequence of calls, ready to run for any number of rows. The
+residual stream is float32 everywhere; `dtype` is that of weights, of the inputs of linear layers, and of
+cached keys and values.
 
-Every function works on ragged rows and must give each row the same bits whatever other rows are in
-the call when `batch_invariant` is true (it then fixes how each sum is split by the row's own position
-alone).
+Every function works on ragged rows and must give each row the same bits whatever other rows are in the call
+when `batch_invariant` is true (it then fixes how each sum is split by the row's own position alone).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,27 +78,18 @@ class AttentionSpec:
     softcap: float | None
 
 
-class Kernels(ABC):
-    """One implementation of the operations of a decoder on one device."""
+class Operations(ABC):
+    """What a forward pass is written in. Tensors of activations are [rows, ...]; a program has any number."""
 
-    name: str
     dtype: torch.dtype
-    quantization: Quantization
-    batch_invariant: bool
-
-    @property
-    def numerics(self) -> str:
-        """Names this library's arithmetic: equal names give equal bits for equal weights."""
-        return self.name
-
-    @property
-    @abstractmethod
-    def busy_s(self) -> float:
-        """Seconds spent inside kernels since this object was made."""
 
     @abstractmethod
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Pack weight [out, in] (any float dtype) and bias [out] once, at load, quantised as said."""
+    def embed(self, token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
+        """token_ids [T] int32, table [vocab, hidden] of `dtype` → rows of the table times scale, float32."""
+
+    @abstractmethod
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """x [T, n] float32 becomes cap * tanh(x / cap), in place, and is returned."""
 
     @abstractmethod
     def linear(
@@ -124,19 +117,11 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> GatedLinear:
-        """Pack weight [2 * ffn, in] and bias [2 * ffn], rows of gate before those of up, once, at load."""
-
-    @abstractmethod
     def gated_linear(self, x: Tensor, packed: GatedLinear, activation: Activation) -> Tensor:
         """x [T, in] of `dtype` → act(gate(x)) * up(x), [T, ffn] of `dtype`.
 
         gate(x) and up(x) are rounded to `dtype` as `linear` would, the rest is float32 until the end.
         """
-
-    @abstractmethod
-    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
-        """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions, contiguous."""
 
     @abstractmethod
     def rotate_and_store(
@@ -167,4 +152,54 @@ class Kernels(ABC):
 
         q: [T, heads * head_dim] of `dtype`. Returns the output, same shape and dtype, and the natural
         log-sum-exp of the scores, [T, heads] float32, with which partial results can be merged.
+        """
+
+
+class Program(ABC):
+    """A captured sequence of operations."""
+
+    @abstractmethod
+    def run(self, x: Tensor, batch: Batch) -> Tensor:
+        """What the captured function gives for x [rows, ...], as a tensor of the caller's own."""
+
+
+Build = Callable[[Operations, Tensor, Batch], Tensor]
+"""A forward pass: what to do with x [rows, ...] of a batch, in operations alone."""
+
+
+class Kernels(Operations):
+    """One implementation of the operations of a decoder on one device."""
+
+    name: str
+    quantization: Quantization
+    batch_invariant: bool
+
+    @property
+    def numerics(self) -> str:
+        """Names this library's arithmetic: equal names give equal bits for equal weights."""
+        return self.name
+
+    @property
+    @abstractmethod
+    def busy_s(self) -> float:
+        """Seconds spent inside kernels since this object was made."""
+
+    @abstractmethod
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Pack weight [out, in] (any float dtype) and bias [out] once, at load, quantised as said."""
+
+    @abstractmethod
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> GatedLinear:
+        """Pack weight [2 * ffn, in] and bias [2 * ffn], rows of gate before those of up, once, at load."""
+
+    @abstractmethod
+    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
+        """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions, contiguous."""
+
+    @abstractmethod
+    def capture(self, build: Build, x: Tensor) -> Program:
+        """Record `build` for inputs of x's type and columns (x may be on the "meta" device), once, at load.
+
+        `build` may read nothing of x and the batch but shapes: it runs now, or again for each run. The tensor
+        that it returns must be one that an operation made.
         """

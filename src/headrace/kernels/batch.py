@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,9 @@ class Batch:
     query_start: Tensor
     context: Tensor
     tables: tuple[Tensor, ...]
+
+
+def no_sequences() -> Batch:
+    """The batch of rows that belong to no sequence, for programs that neither rotate nor attend."""
+    none = torch.empty(0, dtype=torch.int32)
+    return Batch(none, none, torch.zeros(1, dtype=torch.int32), none, ())

@@ -31,10 +31,13 @@ from torch import Tensor
 from headrace.kernels.base import (
     Activation,
     AttentionSpec,
+    Build,
     GatedLinear,
     Kernels,
     KVCacheLayer,
     Linear,
+    Operations,
+    Program,
     Quantization,
 )
 from headrace.kernels.batch import Batch
@@ -66,6 +69,17 @@ class TorchGatedLinear(GatedLinear):
     both: TorchLinear | TorchInt8Linear
     in_features: int
     out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchProgram(Program):
+    """Nothing is recorded: the function runs each time."""
+
+    build: Build
+    operations: Operations
+
+    def run(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.build(self.operations, x, batch)
 
 
 def _timed(method: _Method) -> _Method:
@@ -127,6 +141,18 @@ class TorchKernels(Kernels):
             weight.shape[1],
             weight.shape[0],
         )
+
+    def capture(self, build: Build, x: Tensor) -> TorchProgram:
+        return TorchProgram(build, self)
+
+    @_timed
+    def embed(self, token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
+        return F.embedding(token_ids, table).to(torch.float32) * scale
+
+    @_timed
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        # torch's vectorised tanh rounds the last few elements of a call differently.
+        return x.copy_(self._by_row(lambda rows: torch.tanh(rows / cap) * cap, x))
 
     @_timed
     def linear(

@@ -3,6 +3,9 @@
 Flows in: a `Batch`. Flows out: hidden states, and logits for the rows that ask. Everything that does not
 change from step to step is built before: weights are packed, rotary tables filled, KV layers bound. It
 knows nothing of precision, packing or the layout of pages, which are the kernels', nor of requests.
+
+The forward pass is written in `Operations` and captured twice, as what leads from tokens to hidden states and
+as what leads from those to logits, since only some rows ask for logits.
 """
 
 from __future__ import annotations
@@ -11,11 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.base import AttentionSpec, GatedLinear, Kernels, KVCacheLayer, Linear
-from headrace.kernels.batch import Batch
+from headrace.kernels.base import (
+    AttentionSpec,
+    GatedLinear,
+    Kernels,
+    KVCacheLayer,
+    Linear,
+    Operations,
+    Program,
+)
+from headrace.kernels.batch import Batch, no_sequences
 from headrace.models.config import ModelConfig
 from headrace.models.kv_groups import KVGroup
 
@@ -71,6 +81,10 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._caches: tuple[KVCacheLayer, ...] = ()
+        self._to_hidden: Program | None = None
+        rows = torch.empty((1, config.hidden_size), device="meta")
+        self._to_logits = kernels.capture(self._compute_logits, rows)
+        self._no_sequences = no_sequences()
 
     def attach_kv(self, pages: Tensor, groups: Sequence[KVGroup], block_size: int) -> None:
         """Keep keys and values in `pages`, which `Kernels.allocate_kv` gave for groups of this size.
@@ -88,54 +102,58 @@ class Decoder:
                 f"KV groups hold layers {held}; the model has 0 to {self.config.layers - 1}, each once"
             )
         self._caches = tuple(caches[index] for index in range(self.config.layers))
+        token_ids = torch.empty(1, dtype=torch.int32, device="meta")
+        self._to_hidden = self.kernels.capture(self._compute_hidden, token_ids)
 
     def forward(self, batch: Batch) -> Tensor:
         """The residual stream after the last layer, before the final norm: [tokens, hidden] float32.
 
         Writes the keys and values of all tokens of the batch.
         """
-        hidden = F.embedding(batch.token_ids, self._embedding).to(torch.float32)
-        if self.config.embedding_scale != 1.0:
-            hidden *= self.config.embedding_scale
-        for layer, cache in zip(self._layers, self._caches, strict=True):
-            self._attend(hidden, layer, cache, batch)
-            self._feed_forward(hidden, layer)
-        return hidden
+        if self._to_hidden is None:
+            raise RuntimeError("attach_kv must come before forward")
+        return self._to_hidden.run(batch.token_ids, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] from `forward` → [rows, vocab] float32, soft-capped where the model is."""
-        normed = self.kernels.rms_norm(hidden, self._norm, self.config.norm_eps)
-        logits = self.kernels.linear(normed, self._head, out_dtype=torch.float32)
-        cap = self.config.logit_softcap
-        if cap is not None:
-            # One row at a time: torch's vectorised tanh rounds the last few elements of a call differently,
-            # and a row's logits must not depend on how many rows there are.
-            for row in logits:
-                row.div_(cap).tanh_().mul_(cap)
-        return logits
+        return self._to_logits.run(hidden, self._no_sequences)
 
-    def _attend(self, hidden: Tensor, layer: DecoderLayer, cache: KVCacheLayer, batch: Batch) -> None:
-        kernels, eps = self.kernels, self.config.norm_eps
-        normed = kernels.rms_norm(hidden, layer.attention_norm, eps)
-        qkv = kernels.linear(normed, layer.qkv)
-        q = kernels.rotate_and_store(
+    def _compute_hidden(self, ops: Operations, token_ids: Tensor, batch: Batch) -> Tensor:
+        hidden = ops.embed(token_ids, self._embedding, self.config.embedding_scale)
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            self._attend(ops, hidden, layer, cache, batch)
+            self._feed_forward(ops, hidden, layer)
+        return hidden
+
+    def _compute_logits(self, ops: Operations, hidden: Tensor, _: Batch) -> Tensor:
+        normed = ops.rms_norm(hidden, self._norm, self.config.norm_eps)
+        logits = ops.linear(normed, self._head, out_dtype=torch.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else ops.soft_cap(logits, cap)
+
+    def _attend(
+        self, ops: Operations, hidden: Tensor, layer: DecoderLayer, cache: KVCacheLayer, batch: Batch
+    ) -> None:
+        eps = self.config.norm_eps
+        normed = ops.rms_norm(hidden, layer.attention_norm, eps)
+        qkv = ops.linear(normed, layer.qkv)
+        q = ops.rotate_and_store(
             qkv, batch, cache, layer.attention, layer.cos_sin, layer.q_norm, layer.k_norm, eps
         )
-        attended, _ = kernels.attention(q, batch, cache, layer.attention)
-        self._add_projection(hidden, attended, layer.output, layer.attention_post_norm)
+        attended, _ = ops.attention(q, batch, cache, layer.attention)
+        self._add_projection(ops, hidden, attended, layer.output, layer.attention_post_norm)
 
-    def _feed_forward(self, hidden: Tensor, layer: DecoderLayer) -> None:
-        kernels = self.kernels
-        normed = kernels.rms_norm(hidden, layer.ffn_norm, self.config.norm_eps)
-        gated = kernels.gated_linear(normed, layer.gate_up, self.config.activation)
-        self._add_projection(hidden, gated, layer.down, layer.ffn_post_norm)
+    def _feed_forward(self, ops: Operations, hidden: Tensor, layer: DecoderLayer) -> None:
+        normed = ops.rms_norm(hidden, layer.ffn_norm, self.config.norm_eps)
+        gated = ops.gated_linear(normed, layer.gate_up, self.config.activation)
+        self._add_projection(ops, hidden, gated, layer.down, layer.ffn_post_norm)
 
     def _add_projection(
-        self, hidden: Tensor, x: Tensor, projection: Linear, post_norm: Tensor | None
+        self, ops: Operations, hidden: Tensor, x: Tensor, projection: Linear, post_norm: Tensor | None
     ) -> None:
         """hidden += projection(x), normed first where the family does."""
         if post_norm is None:
-            self.kernels.linear(x, projection, add_to=hidden)
+            ops.linear(x, projection, add_to=hidden)
         else:
-            projected = self.kernels.linear(x, projection, out_dtype=torch.float32)
-            self.kernels.rms_norm(projected, post_norm, self.config.norm_eps, add_to=hidden)
+            projected = ops.linear(x, projection, out_dtype=torch.float32)
+            ops.rms_norm(projected, post_norm, self.config.norm_eps, add_to=hidden)
