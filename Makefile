@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
+# The versions that are tested, for what is installed and for what builds it (two names, by pip's version).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
 
 .PHONY: help demo serve test test-sim lint format check-clients bench soak clean
@@ -14,17 +17,17 @@ help: ## what there is
 $(VENV)/.headrace: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Headrace into $(VENV); the first time takes a few minutes ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@ $(VENV)/.native
 
 $(VENV)/.native: $(VENV)/.headrace $(SOURCES)
 	@echo "Building the native kernels ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.native
 	@echo "Installing what the checks need ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.native ## install, fetch a small model, serve it, talk to it, stop
@@ -52,7 +55,7 @@ format: $(VENV)/.dev ## let ruff format the code
 build/clients/.installed: tests/clients/requirements.txt
 	@$(PYTHON) -m venv build/clients
 	@echo "Installing the clients of others into build/clients ..."
-	@build/clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT build/clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 check-clients: $(VENV)/.dev build/clients/.installed ## the official openai client and guidellm, installed apart, against a server

@@ -49,6 +49,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (CHAT, {"messages": []}, "messages", "at least 1"),
         (CHAT, {"messages": [{"content": "a"}]}, "messages[0].role", "required"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "may go without content"),
         (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools at the start"),
         (
             CHAT,

@@ -162,7 +162,16 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, WithJsonSchema({"enum": list(ROLES)})]
-    content: str | list[dict[str, Any]] | None = None
+    content: Annotated[str | list[dict[str, Any]] | None, Field(validate_default=True)] = None
+
+    @field_validator("content")
+    @classmethod
+    def _something_said(
+        cls, content: str | list[dict[str, Any]] | None, info: ValidationInfo
+    ) -> str | list[dict[str, Any]] | None:
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise ValueError("only a message of the assistant may go without content")
+        return content
 
     @field_validator("role")
     @classmethod
