@@ -174,7 +174,11 @@ HEADRACE_INLINE void finish_sums(const LinearArgs& args, const Codes& codes, int
   finish_row(args, row, panel, result[0], result[1]);
 }
 
-void compute_rows(const LinearArgs& args, const Codes& codes, const Block& block) {
+#if !defined(__AMX_INT8__)
+// How far ahead of the multiplication weights are asked for: the processor's own guesses end at a page.
+constexpr int64_t kAheadBytes = 4096;
+
+void compute(const LinearArgs& args, const Codes& codes, const Block& block) {
   in_row_tiles<(kRowTile + 1) / kHalves>(block.row_end - block.row, [&](auto rows, int64_t first) {
     constexpr int kRows = decltype(rows)::count;
     const int64_t row = block.row + first;
@@ -187,6 +191,7 @@ void compute_rows(const LinearArgs& args, const Codes& codes, const Block& block
       const char* w = static_cast<const char*>(args.packed) + panel * codes.inner * kPanel;
       for (int64_t k = 0; k < codes.inner; k += kBytesPerStep, w += kBytesPerStep * kPanel) {
         Int16 column[kVectors];
+        for (int v = 0; v < kVectors; ++v) __builtin_prefetch(w + kAheadBytes + v * 64);
         for (int v = 0; v < kVectors; ++v) column[v] = load_words(w + v * kLanes * kBytesPerStep);
         for (int r = 0; r < kRows; ++r)
           for (int half = 0; half < kHalves; ++half)
@@ -197,16 +202,8 @@ void compute_rows(const LinearArgs& args, const Codes& codes, const Block& block
     }
   });
 }
-
-#if defined(__AMX_INT8__)
-// Fewer rows leave most of a tile empty and are faster one vector at a time.
-constexpr int64_t kTileRows = 4;
-
+#else
 void compute(const LinearArgs& args, const Codes& codes, const Block& block) {
-  if (args.rows < kTileRows) {
-    compute_rows(args, codes, block);
-    return;
-  }
   const TileOperands operands{reinterpret_cast<const char*>(codes.x), codes.inner,
                               static_cast<const char*>(args.packed), args.rows * kHalves, codes.inner};
   const Block halves{block.row * kHalves, block.row_end * kHalves, block.panel, block.panel_end};
@@ -219,8 +216,6 @@ void compute(const LinearArgs& args, const Codes& codes, const Block& block) {
     }
   });
 }
-#else
-void compute(const LinearArgs& args, const Codes& codes, const Block& block) { compute_rows(args, codes, block); }
 #endif
 
 }  // namespace
