@@ -18,7 +18,7 @@ def main() -> None:
             directory=options.directory,
             served_name="model",
             dtype="bfloat16",
-            quantization="int8" if options.precision == "int8" else None,
+            quantization="int8" if options.precision == "int8" else "none",
             threads=options.threads,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
