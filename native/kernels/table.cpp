@@ -15,10 +15,11 @@ void rotate(const RotateArgs&);
 void attention(const AttentionArgs&);
 void gumbel(const GumbelArgs&);
 void uniform(const GumbelArgs&);
+void choose(const ChooseArgs&);
 uint64_t read(const ReadArgs&);
 
 extern const KernelTable table;
 const KernelTable table = {HEADRACE_TEXT(HEADRACE_LEVEL), pack, linear, norm, embed, cap, rotate, attention, gumbel,
-                           uniform, read};
+                           uniform, choose, read};
 
 }  // namespace headrace::HEADRACE_LEVEL

@@ -121,6 +121,18 @@ struct GumbelArgs {
   double* out;
 };
 
+struct ChooseRow {
+  const float* logits;  // [columns]
+  float temperature;    // 0: the largest, without noise
+  uint64_t stream;      // as in GumbelArgs
+};
+
+struct ChooseArgs {
+  const ChooseRow* rows;
+  int64_t count, columns;
+  int64_t* tokens;  // [count]; -1 where a row has no finite maximum, or holds what is not a number
+};
+
 struct ReadArgs {
   const void* memory;  // 64-byte aligned
   int64_t bytes;
@@ -137,6 +149,7 @@ struct KernelTable {
   void (*attention)(const AttentionArgs&);
   void (*gumbel)(const GumbelArgs&);
   void (*uniform)(const GumbelArgs&);
+  void (*choose)(const ChooseArgs&);
   uint64_t (*read)(const ReadArgs&);
 };
 

@@ -221,6 +221,17 @@ NB_MODULE(_native, m) {
       },
       kernel);
   m.def(
+      "choose",
+      [](uintptr_t logits, uintptr_t temperatures, uintptr_t seeds, uintptr_t positions, int64_t count, int64_t columns,
+         uintptr_t tokens) {
+        std::vector<ChooseRow> rows(static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i)
+          rows[static_cast<size_t>(i)] = {at<const float>(at<const uint64_t>(logits)[i]), at<const float>(temperatures)[i],
+                                          gumbel_stream(at<const uint64_t>(seeds)[i], at<const uint32_t>(positions)[i])};
+        kernels().choose({rows.data(), count, columns, at<int64_t>(tokens)});
+      },
+      kernel);
+  m.def(
       "uniform",
       [](uint64_t seed, uint32_t position, uintptr_t tokens, int64_t count, uintptr_t out) {
         kernels().uniform({gumbel_stream(seed, position), at<const uint32_t>(tokens), count, at<double>(out)});

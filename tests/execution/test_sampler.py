@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from headrace.engine.plan import RowStart
-from headrace.execution.sampler import NoChoice, RowSampler, token_logprobs
+from headrace.execution.sampler import NoChoice, RowSampler, sample_rows, token_logprobs
 from headrace.protocol.requests import ErrorCode, SamplingParams
 
 VOCAB = 64
@@ -194,3 +194,38 @@ def test_logprobs_are_the_log_softmax_with_rank_and_alternatives():
     assert got.logprob == pytest.approx(want[order[4]], abs=1e-9)
     assert [token for token, _ in got.top] == order[:3].tolist()
     assert [value for _, value in got.top] == pytest.approx(want[order[:3]].tolist(), abs=1e-9)
+
+
+MIXED = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.3},
+    {"temperature": 30.0},
+    {"top_k": 9, "top_p": 0.9},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.2},
+    {"temperature": 1.4, "logit_bias": {3: 4.0, 5: -100.0}, "min_tokens": 4},
+]
+
+
+def test_rows_sampled_together_get_the_tokens_that_each_gets_alone():
+    generator = np.random.default_rng(4)
+    for round_ in range(60):
+        logits = (generator.standard_normal((len(MIXED), VOCAB)) * 4).astype(np.float32)
+        logits[:, 20] = -np.inf
+        logits[::2, [11, 40]] = 9.5
+        together = [sampler(seed=round_ * 10 + i, **params) for i, params in enumerate(MIXED)]
+        alone = [sampler(seed=round_ * 10 + i, **params) for i, params in enumerate(MIXED)]
+        for step in range(4):
+            positions = [3 + step] * len(MIXED)
+            want = [one.sample(row, 3 + step) for one, row in zip(alone, logits, strict=True)]
+            assert sample_rows(together, logits, positions) == want
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
+def test_of_rows_sampled_together_only_the_broken_one_fails(bad):
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[1, VOCAB - 1] = bad
+    first, broken, last = sample_rows([sampler() for _ in range(3)], logits, [4, 5, 6])
+    assert isinstance(broken, NoChoice) and broken.error.code is ErrorCode.INTERNAL
+    assert isinstance(first, int) and isinstance(last, int)

@@ -15,7 +15,7 @@ from random_models import make
 
 from headrace.engine import Engine, GroupSpec, KVCache, Scheduler, SchedulerConfig
 from headrace.execution import runner
-from headrace.execution.sampler import RowSampler
+from headrace.execution.sampler import sample_rows
 from headrace.execution.selftest import NotBatchInvariant, check_batch_invariance
 from headrace.kernels.base import Kernels, Program
 from headrace.kernels.native import NativeKernels
@@ -120,12 +120,12 @@ def run(
     late = list(late or ())
     logits: dict[tuple[int, int], bytes] = {}
 
-    class Recording(RowSampler):
-        def sample(self, row, position):
-            logits[self._seed, position] = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            return super().sample(row, position)
+    def recording(samplers, rows, positions):
+        for sampler, row, position in zip(samplers, rows, positions, strict=True):
+            logits[sampler._seed, position] = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+        return sample_rows(samplers, rows, positions)
 
-    monkeypatch.setattr(runner, "RowSampler", Recording)
+    monkeypatch.setattr(runner, "sample_rows", recording)
     tokens: dict[str, list[int]] = {}
 
     async def drive() -> None:

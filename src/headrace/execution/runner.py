@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from headrace.engine.plan import Executor, RowStart, ScheduledRow, StepPlan, StepResult
-from headrace.execution.sampler import NoChoice, RowSampler, token_logprobs
+from headrace.execution.sampler import NoChoice, RowSampler, sample_rows, token_logprobs
 from headrace.kernels.batch import Batch
 from headrace.models.decoder import Decoder
 from headrace.protocol.requests import RequestError, TokenLogprobs
@@ -78,25 +78,20 @@ class TorchExecutor(Executor):
         self._prompts[row] = None if start.prompt_logprobs is None else start
 
     def _batch(self, rows: list[ScheduledRow]) -> Batch:
-        counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
-        query_start = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        token_ids = np.empty(query_start[-1], np.int32)
-        positions = np.empty(query_start[-1], np.int32)
-        context = np.empty(len(rows), np.int32)
-        for i, row in enumerate(rows):
-            end = row.start + row.count
+        for row in rows:
             if any(row.new_blocks):
                 self._append_blocks(row)
-            span = slice(query_start[i], query_start[i + 1])
-            token_ids[span] = self._tokens[row.row, row.start : end]
-            positions[span] = row.start if row.count == 1 else np.arange(row.start, end)
-            context[i] = end
-        indices = [row.row for row in rows]
+        places = np.array([(row.row, row.start, row.count) for row in rows], np.int64)
+        indices, starts, counts = places.T
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+        token_ids = self._tokens[np.repeat(indices, counts), positions]
+        context = (starts + counts).astype(np.int32)
         used = -(-int(context.max()) // self._block_size)
         return Batch(
             torch.from_numpy(token_ids),
-            torch.from_numpy(positions),
+            torch.from_numpy(positions.astype(np.int32)),
             torch.from_numpy(query_start),
             torch.from_numpy(context),
             tuple(torch.from_numpy(table[indices, :used]) for table in self._tables),
@@ -126,15 +121,14 @@ class TorchExecutor(Executor):
             return tokens, logprobs, failed
         indices = torch.tensor([last for _, _, last in sampling])
         logits = self._decoder.logits(hidden[indices]).numpy()
-        for (i, row, _), row_logits in zip(sampling, logits, strict=True):
-            sampler = self._samplers[row.row]
-            if sampler is None:
-                raise RuntimeError(f"row {row.row} runs before it was started")
-            position = row.start + row.count
-            try:
-                token = sampler.sample(row_logits, position)
-            except NoChoice as none:
-                failed[i] = none.error
+        samplers = [self._started(row.row) for _, row, _ in sampling]
+        positions = [row.start + row.count for _, row, _ in sampling]
+        chosen = sample_rows(samplers, logits, positions)
+        for (i, row, _), row_logits, sampler, position, token in zip(
+            sampling, logits, samplers, positions, chosen, strict=True
+        ):
+            if isinstance(token, NoChoice):
+                failed[i] = token.error
                 continue
             if position < self._tokens.shape[1]:
                 self._tokens[row.row, position] = token
@@ -142,6 +136,12 @@ class TorchExecutor(Executor):
             if sampler.wants_logprobs is not None:
                 logprobs[i] = [token_logprobs(row_logits, token, sampler.wants_logprobs)]
         return tokens, logprobs, failed
+
+    def _started(self, row: int) -> RowSampler:
+        sampler = self._samplers[row]
+        if sampler is None:
+            raise RuntimeError(f"row {row} runs before it was started")
+        return sampler
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """For each row that asks: of the prompt tokens that this step's positions predict."""

@@ -6,18 +6,20 @@ alone, so a request's choice at a position is the same whatever runs beside it, 
 preempted, and whether the position was reached by a draft or a decode.
 
 Each row is processed by itself in NumPy, float64 once few candidates are left: a row's choice must not
-depend on how many rows there are. It knows nothing of models, batches or blocks.
+depend on how many rows there are. Rows of a step without top-k, top-p and min-p are chosen together by the
+compiled module, which gives the tokens that NumPy would. It knows nothing of models, batches or blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.engine.plan import RowStart
-from headrace.kernels.gumbel import gumbel_noise
+from headrace.kernels.gumbel import choose_tokens, gumbel_noise
 from headrace.protocol.requests import ErrorCode, RequestError, TokenLogprobs
 
 Row = npt.NDArray[np.float32]
@@ -57,6 +59,10 @@ class RowSampler:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[np.asarray(start.tokens, np.int64)] = True
         self.wants_logprobs = params.logprobs
+        self._temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
+        cut = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        self._alone = self._temperature > 0 and cut
+        """Whether candidates are sorted out first, which is not done for all rows at once."""
 
     def sample(self, logits: Row, position: int) -> int:
         """Choose the token at `position` of the sequence from raw logits [vocab], and remember it.
@@ -67,12 +73,15 @@ class RowSampler:
         best = int(np.argmax(row))
         if not math.isfinite(row[best]):
             raise self._no_choice(logits, position)
-        token = best if self._params.temperature < _GREEDY_BELOW else self._draw(row, row[best], position)
+        token = best if self._temperature == 0 else self._draw(row, row[best], position)
+        self._remember(token)
+        return token
+
+    def _remember(self, token: int) -> None:
         if self._counts is not None:
             self._counts[token] += 1.0
         if self._seen is not None:
             self._seen[token] = True
-        return token
 
     def _no_choice(self, logits: Row, position: int) -> NoChoice:
         if math.isfinite(np.max(logits)):
@@ -126,6 +135,36 @@ class RowSampler:
             keep = np.flatnonzero(z >= math.log(params.min_p))
             ids, z = ids[keep], z[keep]
         return int(ids[np.argmax(z + gumbel_noise(self._seed, position, ids))])
+
+
+def sample_rows(
+    samplers: Sequence[RowSampler], logits: npt.NDArray[np.float32], positions: Sequence[int]
+) -> list[int | NoChoice]:
+    """What each sampler's `sample` gives or raises for its row of logits [rows, vocab], at its position."""
+    tokens: list[int | NoChoice] = [0] * len(samplers)
+    together = [i for i, sampler in enumerate(samplers) if not sampler._alone]
+    if together:
+        chosen = choose_tokens(
+            [samplers[i]._process(logits[i], positions[i]) for i in together],
+            [samplers[i]._temperature for i in together],
+            [samplers[i]._seed for i in together],
+            [positions[i] for i in together],
+        )
+        if chosen is None:
+            together = []
+        else:
+            for i, token in zip(together, chosen, strict=True):
+                if token < 0:
+                    tokens[i] = samplers[i]._no_choice(logits[i], positions[i])
+                    continue
+                samplers[i]._remember(token)
+                tokens[i] = token
+    for i in set(range(len(samplers))).difference(together):
+        try:
+            tokens[i] = samplers[i].sample(logits[i], positions[i])
+        except NoChoice as none:
+            tokens[i] = none
+    return tokens
 
 
 def token_logprobs(logits: Row, token: int, alternatives: int) -> TokenLogprobs:

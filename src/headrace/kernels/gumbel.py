@@ -10,6 +10,7 @@ at its id: the upper 52 bits and a half make a uniform variate that is never 0 o
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,36 @@ def gumbel_noise(seed: int, position: int, token_ids: npt.NDArray[np.integer]) -
     noise = np.empty(ids.shape)
     _native.gumbel(seed & _MASK, position, ids.ctypes.data, ids.size, noise.ctypes.data)
     return noise
+
+
+def choose_tokens(
+    rows: Sequence[npt.NDArray[np.float32]],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+) -> list[int] | None:
+    """For each row of logits, all of one length, the index whose scaled value plus noise is largest.
+
+    Scaled is (logits - their maximum) / temperature; without noise where the temperature is 0, and of equal
+    ones the first. -1 where a row has no finite maximum. None without the compiled module, which does this.
+    """
+    if not _NATIVE:
+        return None
+    addresses = np.array([row.ctypes.data for row in rows], np.uint64)
+    heat = np.array(temperatures, np.float32)
+    words = np.array([seed & _MASK for seed in seeds], np.uint64)
+    places = np.array(positions, np.uint32)
+    tokens = np.empty(len(rows), np.int64)
+    _native.choose(
+        addresses.ctypes.data,
+        heat.ctypes.data,
+        words.ctypes.data,
+        places.ctypes.data,
+        len(rows),
+        rows[0].size,
+        tokens.ctypes.data,
+    )
+    return tokens.tolist()
 
 
 def uniforms(seed: int, position: int, token_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
