@@ -119,8 +119,9 @@ class TorchExecutor(Executor):
                 sampling.append((i, row, last))
         if not sampling:
             return tokens, logprobs, failed
-        indices = torch.tensor([last for _, _, last in sampling])
-        logits = self._decoder.logits(hidden[indices]).numpy()
+        if len(sampling) < len(hidden):  # else each row is one token that samples
+            hidden = hidden[torch.tensor([last for _, _, last in sampling])]
+        logits = self._decoder.logits(hidden).numpy()
         samplers = [self._started(row.row) for _, row, _ in sampling]
         positions = [row.start + row.count for _, row, _ in sampling]
         chosen = sample_rows(samplers, logits, positions)
