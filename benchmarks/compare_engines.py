@@ -86,8 +86,9 @@ CASES = (
     Case("prefill of 512", 1, 512, 1),
     Case("prefill of 4096", 1, 4096, 1),
 )
-BATCHING = ("headrace-bf16", "headrace-int8", "vllm")
-"""Engines that run several sequences at once as they are driven here."""
+SERVING = ("headrace-bf16", "headrace-int8", "vllm")
+"""Engines that run several sequences at once as they are driven here. Only these are asked for batches and for the
+long prompt, which takes llama.cpp most of a minute."""
 
 BARS = (
     ("headrace-bf16", ("vllm",), "decode, bs 1", 1.8),
@@ -184,7 +185,7 @@ def compare(options: argparse.Namespace, files: ModelFiles, say: Console) -> Res
             results.read_bytes_per_s.append(read_bandwidth(5))
             for case in CASES:
                 for name in options.engines:
-                    if case.prompts > 1 and name not in BATCHING:
+                    if name not in SERVING and (case.prompts > 1 or case.prompt_tokens > 512):
                         continue
                     rate = measure(sessions[name], case, vocab_size, rng)
                     if round_ >= 0:
