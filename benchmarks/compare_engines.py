@@ -87,8 +87,8 @@ CASES = (
     Case("prefill of 4096", 1, 4096, 1),
 )
 SERVING = ("headrace-bf16", "headrace-int8", "vllm")
-"""Engines that run several sequences at once as they are driven here. Only these are asked for batches and for the
-long prompt, which takes llama.cpp most of a minute."""
+"""Engines that run several sequences at once here. Only these are asked for batches and for
+the long prompt, which takes llama.cpp most of a minute."""
 
 BARS = (
     ("headrace-bf16", ("vllm",), "decode, bs 1", 1.8),
