@@ -1,9 +1,9 @@
 // Causal grouped-query attention over paged keys and values, in float32 sums.
 //
-// A sequence's keys are cut by absolute position into partitions of 256, and those into runs of 16 (one vector of
+// A sequence's keys are cut by absolute position into partitions of 512, and those into runs of 16 (one vector of
 // lanes). A partition is worked off whole: scores, their maximum, exponentials, weighted sum of values; a query's
 // partitions are then merged in ascending order (the online softmax of Milakov and Gimelshein, 2018, with
-// a step of 256 keys). What a query may not see has weight 0 and changes no bit. So the arithmetic for a query
+// a step of 512 keys). What a query may not see has weight 0 and changes no bit. So the arithmetic for a query
 // depends on its position and window alone: not on how many queries share a tile, nor on which thread computed
 // which partition, nor on the block size. There is no separate path for decode.
 //

@@ -10,7 +10,7 @@
 namespace headrace::HEADRACE_LEVEL {
 namespace {
 
-constexpr int64_t kPartition = 256;
+constexpr int64_t kPartition = 512;
 constexpr int64_t kRuns = kPartition / kLanes;
 constexpr int64_t kTileRows = 32;
 // A little more than a partition, so that rows do not fall on the same cache sets.
@@ -155,9 +155,14 @@ struct Tile {
         hide(row + first * kLanes, from - first * kLanes, kLanes);
         hide(row + (last - 1) * kLanes, 0, until - (last - 1) * kLanes);
       }
-      Float16 highest = broadcast(kMinusInfinity);
-      for (int64_t run = first; run < last; ++run) highest = max(load(row + run * kLanes), highest);
-      out.maximum[r] = horizontal_max(highest) * scale_of_scores;
+      Float16 highest = broadcast(kMinusInfinity), other = highest;  // two chains: one would wait for itself
+      int64_t run = first;
+      for (; run + 2 <= last; run += 2) {
+        highest = max(load(row + run * kLanes), highest);
+        other = max(load(row + (run + 1) * kLanes), other);
+      }
+      if (run < last) highest = max(load(row + run * kLanes), highest);
+      out.maximum[r] = horizontal_max(max(other, highest)) * scale_of_scores;
       // A row that sees nothing here, or only minus infinities, would subtract infinity from infinity.
       const Float16 top = broadcast(out.maximum[r] > kMinusInfinity ? -out.maximum[r] : 0.0f);
       Float16 total = broadcast(0.0f);
@@ -166,8 +171,7 @@ struct Tile {
         total = total + w;
         return w;
       };
-      int64_t run = first;
-      for (; run + 2 <= last; run += 2) {
+      for (run = first; run + 2 <= last; run += 2) {
         const Float16 even = weight(run), odd = weight(run + 1);
         store_pair(to + run * kLanes, even, odd);
       }

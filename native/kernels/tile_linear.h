@@ -52,11 +52,25 @@ HEADRACE_INLINE void multiply_lower(const int32_t*) {
 
 constexpr int64_t kTileBytes = 64;  // of x, in a step
 
+// What is still to be asked for of a block's panels, which lie one behind the other.
+struct Ahead {
+  const char *next, *end;
+
+  inline __attribute__((always_inline)) void ask(int64_t lines) {
+    const int64_t left = (end - next) / 64;
+    if (lines > left) lines = left;
+    for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
+
+// How far weights are asked for before they are used: some three times what memory sends during one wait for it.
+constexpr int64_t kAheadLines = 160;
+
 // Rows [row, row + rows) of one panel, in the shape the tiles are configured for; the first `skip` of them are done
-// already. While it computes it asks for `lines` cache lines a step from `ahead`, and moves that on.
+// already. While it computes it asks for `lines` cache lines a step.
 template <bool kTwoBlocks, class Sum, class Finish>
 HEADRACE_INLINE void tile_panel(const TileOperands& operands, int64_t row, int64_t rows, int64_t skip, int64_t panel,
-                                Pending<Sum>& pending, Finish& finish, const char*& ahead, int64_t lines) {
+                                Pending<Sum>& pending, Finish& finish, Ahead& ahead, int64_t lines) {
   const char* x = operands.x + row * operands.x_bytes;
   const char* w = operands.packed + panel * operands.inner_bytes * kPanel;
   // Even, since two rows of bytes can be one row of the result.
@@ -69,7 +83,7 @@ HEADRACE_INLINE void tile_panel(const TileOperands& operands, int64_t row, int64
     _tile_zero(3);
   }
   for (int64_t k = 0; k < operands.inner_bytes; k += kTileBytes) {
-    for (int64_t line = 0; line < lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+    ahead.ask(lines);
     _tile_loadd(6, w, 128);
     _tile_loadd(7, w + 64, 128);
     _tile_loadd(4, x + k, operands.x_bytes);
@@ -97,17 +111,20 @@ HEADRACE_INLINE void tile_panel(const TileOperands& operands, int64_t row, int64
 }
 
 // finish(row, panel, count, sums) takes the sums, [count][kPanel], of rows from `row`. A panel meets all rows of the
-// block before the next, which is on its way to the second cache level meanwhile: the weights are read from memory
-// once for each block of rows, behind the multiplication.
+// block before the next, whose beginning is on its way to the second cache level meanwhile: the weights are read from
+// memory once for each block of rows, behind the multiplication. Nothing beyond the block is asked for: that is for
+// another thread.
 template <class Sum, class Finish>
 HEADRACE_INLINE void tile_block(const TileOperands& operands, const Block& block, Finish finish) {
   Pending<Sum> pending;
   const int64_t tile_rows = operands.rows < 32 ? operands.rows : 32;
   const int64_t tiles = (block.row_end - block.row + 31) / 32;
   const int64_t lines = (kPanel + tiles - 1) / tiles;  // a step of a panel is kPanel lines
+  const int64_t panel_bytes = operands.inner_bytes * kPanel;
+  Ahead ahead{operands.packed + block.panel * panel_bytes, operands.packed + block.panel_end * panel_bytes};
+  ahead.ask(kAheadLines);
   configure_tiles(tile_rows, kTileBytes / 2);
   for (int64_t panel = block.panel; panel < block.panel_end; ++panel) {
-    const char* ahead = operands.packed + (panel + 1) * operands.inner_bytes * kPanel;
     for (int64_t row = block.row; row < block.row_end; row += 32) {
       // The last tile starts early enough to be whole.
       const int64_t start = row + tile_rows <= operands.rows ? row : operands.rows - tile_rows;
