@@ -288,7 +288,7 @@ CHOSEN = pytest.mark.parametrize("shape", ["grouped", "odd head size"] if FORCED
 @DTYPES
 @CHOSEN
 def test_attention(dtype: torch.dtype, shape: str) -> None:
-    lengths = [1, 45, 330]
+    lengths = [1, 45, 650]
     scene = _scene(dtype, lengths, **SHAPES[shape])
     out, lse = scene.attend([(s, 0, n) for s, n in enumerate(lengths)])
     expected = [scene.expected(s) for s in range(len(lengths))]
@@ -301,20 +301,20 @@ def test_attention(dtype: torch.dtype, shape: str) -> None:
 @CHOSEN
 def test_a_query_has_the_same_bits_however_its_step_was_cut(dtype: torch.dtype, shape: str) -> None:
     """Whole prompt, chunks, or token by token; any batch-mates; one, two or three threads."""
-    lengths = [530, 45]
+    lengths = [1050, 45]
     scene = _scene(dtype, lengths, **SHAPES[shape])
     native.set_threads(1)
-    whole = scene.attend([(0, 0, 530)])
+    whole = scene.attend([(0, 0, 1050)])
     for threads in (1, 2, 3):
         native.set_threads(threads)
-        for size in (16, 37, 529):
+        for size in (16, 37, 1049):
             chunks = [
-                scene.attend([(1, 3, 40), (0, a, min(a + size, 530)), (1, 44, 45)])
-                for a in range(0, 530, size)
+                scene.attend([(1, 3, 40), (0, a, min(a + size, 1050)), (1, 44, 45)])
+                for a in range(0, 1050, size)
             ]
             for found, expected in zip(zip(*chunks, strict=True), whole, strict=True):
                 assert torch.equal(torch.cat([x[37:-1] for x in found]), expected), (threads, size)
-        for position in (0, 15, 16, 255, 256, 300, 511, 512, 529):
+        for position in (0, 15, 16, 300, 511, 512, 1023, 1024, 1049):
             decoded = scene.attend([(0, position, position + 1)])
             for found, expected in zip(decoded, whole, strict=True):
                 assert torch.equal(found[0], expected[position]), (threads, position)
@@ -325,23 +325,23 @@ def test_a_block_of_any_size_gives_the_same_bits(dtype: torch.dtype) -> None:
     results = []
     for block_size in (16, 5, 32, 64):
         torch.manual_seed(1)
-        scene = _scene(dtype, [300], block_size=block_size)
+        scene = _scene(dtype, [600], block_size=block_size)
         torch.manual_seed(2)
-        q, k, v = (torch.randn(300, n, 64).to(dtype) for n in (6, 2, 2))
+        q, k, v = (torch.randn(600, n, 64).to(dtype) for n in (6, 2, 2))
         scene = replace(scene, q=[q], k=[k], v=[v])
-        scene.write([(0, 0, 300)])
-        results.append(scene.attend([(0, 0, 300)])[0])
+        scene.write([(0, 0, 600)])
+        results.append(scene.attend([(0, 0, 600)])[0])
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_the_log_sum_exp_merges_partial_results() -> None:
-    scene = _scene(F32, [400])
-    whole, _ = scene.attend([(0, 399, 400)])
-    # Keys 0-199 seen by a query at 199, keys 200-399 through a window: two parts of the same softmax.
-    q = scene.q[0][399:400].flatten(1)
-    first, first_lse = scene.kernels.attention(q, scene.batch([(0, 199, 200)]), scene.cache, scene.spec)
-    windowed = replace(scene.spec, window=200)
-    second, second_lse = scene.kernels.attention(q, scene.batch([(0, 399, 400)]), scene.cache, windowed)
+    scene = _scene(F32, [800])
+    whole, _ = scene.attend([(0, 799, 800)])
+    # Keys 0-399 seen by a query at 399, keys 400-799 through a window: two parts of the same softmax.
+    q = scene.q[0][799:800].flatten(1)
+    first, first_lse = scene.kernels.attention(q, scene.batch([(0, 399, 400)]), scene.cache, scene.spec)
+    windowed = replace(scene.spec, window=400)
+    second, second_lse = scene.kernels.attention(q, scene.batch([(0, 799, 800)]), scene.cache, windowed)
     share = torch.sigmoid(first_lse - second_lse).view(6, 1)
     merged = share * first.view(6, 64) + (1 - share) * second.view(6, 64)
     _close(merged.flatten(), whole.flatten(), 2e-6)

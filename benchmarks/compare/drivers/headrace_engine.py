@@ -22,6 +22,7 @@ def main() -> None:
             threads=options.threads,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=2048,  # for throughput, as the peers' offline engines are set up
             prefix_caching=False,
         )
     )
