@@ -136,6 +136,7 @@ def test_the_limits_are_the_limits() -> None:
         limits.answers,
         limits.total_bytes >> 20,
         int(limits.ttl_s // 60),
+        int(limits.grace_s),
     ):
         assert str(number) in kept
     for limit in ApiKey.__dataclass_fields__:

@@ -73,6 +73,7 @@ class Application:
 
     def __init__(self, status: int = 200, size: int = 1, state: str | None = None) -> None:
         self.go = asyncio.Event()
+        self.cancelled = asyncio.Event()
         self.runs = 0
         self.status, self.size, self.state = status, size, state
 
@@ -80,7 +81,11 @@ class Application:
         self.runs += 1
         run = self.runs
         await receive()
-        await self.go.wait()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
         if self.state is not None:
             scope["state"][self.state] = True
         if self.status == 0:
@@ -107,6 +112,28 @@ def test_whoever_asks_while_it_runs_joins_it_and_callers_share_nothing() -> None
         assert len(set(await asyncio.gather(*asked))) == 1
         assert await other != await asked[0]
         assert app.runs == 2
+
+    asyncio.run(main())
+
+
+def test_a_run_that_everybody_left_is_cancelled_after_its_grace() -> None:
+    async def main() -> None:
+        app = Application()
+        layer = Idempotency(app, Limits(grace_s=0))
+        asked = [asyncio.create_task(ask(layer, "k")) for _ in range(2)]
+        while app.runs < 1:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asked[0].cancel()
+        await asyncio.gather(asked[0], return_exceptions=True)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not app.cancelled.is_set(), "one still waits"
+        asked[1].cancel()
+        await asyncio.wait_for(app.cancelled.wait(), 10)
+        app.go.set()
+        assert await ask(layer, "k") == "2"
+        assert await ask(layer, "k") == "2"
 
     asyncio.run(main())
 

@@ -8,8 +8,8 @@ while it still runs; a stream is replayed as a stream. It must not know what is 
                                   └──any other end──▶ unknown     (so a retry after an error tries again)
 
 A run with a key is nobody's connection: it goes on when its client leaves, since that client is about to ask
-again. Its own deadline, max_tokens and the end of the server end it. What runs is bounded by the engine's
-queue; what is kept, by `Limits`.
+again. If nobody does for `Limits.grace_s`, it is cancelled. What runs is bounded by the engine's queue, and what
+is kept by `Limits`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
@@ -38,6 +39,8 @@ class Limits:
     answers: int = 1024
     total_bytes: int = 64 << 20
     ttl_s: float = 600.0
+    grace_s: float = 30.0
+    """How long a run goes on that nobody waits for."""
 
 
 @dataclass(eq=False)
@@ -51,10 +54,18 @@ class _Run:
     error: Exception | None = None
     grown: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    followers: int = 0
+    abandonment: asyncio.TimerHandle | None = None
 
     def tell(self) -> None:
         self.grown.set()
         self.grown = asyncio.Event()
+
+    def joined(self) -> _Run:
+        """What is kept of a whole run: its body in one piece, for a stream's pieces weigh more than it."""
+        body = b"".join(message.get("body", b"") for message in self.messages)
+        messages = [self.messages[0], {"type": "http.response.body", "body": body}]
+        return _Run(self.fingerprint, messages, self.size, self.ended_s)
 
 
 class Idempotency:
@@ -79,17 +90,37 @@ class Idempotency:
             body = await _body(receive)
             if body is None:
                 return
-            run, replayed = self._find(scope, key, body)
+            identity = _digest(_header(scope, b"authorization") or b"", scope["path"].encode(), key)
+            run, replayed = self._find(scope, identity, body)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await _follow(run, receive, send, replayed)
+        with self._following(run, identity):
+            await _follow(run, receive, send, replayed)
 
-    def _find(self, scope: Scope, key: bytes, body: bytes) -> tuple[_Run, bool]:
+    @contextmanager
+    def _following(self, run: _Run, identity: bytes) -> Iterator[None]:
+        """While inside, somebody waits for the run."""
+        run.followers += 1
+        if run.abandonment is not None:
+            run.abandonment.cancel()
+        try:
+            yield
+        finally:
+            run.followers -= 1
+            if run.followers == 0 and run.ended_s is None:
+                loop = asyncio.get_running_loop()
+                run.abandonment = loop.call_later(self._limits.grace_s, self._abandon, run, identity)
+
+    def _abandon(self, run: _Run, identity: bytes) -> None:
+        if run.ended_s is None and run.task is not None:
+            del self._runs[identity]  # before it ends: who asks now begins anew
+            run.task.cancel()
+
+    def _find(self, scope: Scope, identity: bytes, body: bytes) -> tuple[_Run, bool]:
         """The run for a request, begun if there is none, and whether there was one."""
         self._forget()
         fingerprint = hashlib.sha256(body).digest()
-        identity = _digest(_header(scope, b"authorization") or b"", scope["path"].encode(), key)
         run = self._runs.get(identity)
         if run is None:
             run = self._runs[identity] = _Run(fingerprint)
@@ -126,11 +157,12 @@ class Idempotency:
         finally:
             run.ended_s = self._clock()
             run.tell()
-            del self._runs[identity]
+            if self._runs.get(identity) is run:
+                del self._runs[identity]
             whole = run.messages and not run.messages[-1].get("more_body", False)
             good = whole and run.messages[0].get("status") == 200 and not state.get(FAILED)
             if good and run.error is None and run.size <= self._limits.total_bytes:
-                self._runs[identity] = run
+                self._runs[identity] = run.joined()
                 self._kept_bytes += run.size
                 self._forget()
 
