@@ -53,6 +53,12 @@ OPERATIONS = {
     "POST /detokenize": (200, 400),
 }
 """Every route, and statuses that examples are known to reach: the checks have something to look at."""
+GOOD: dict[str, dict[str, Any]] = {
+    "POST /v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
+    "POST /v1/completions": {"prompt": [300], "max_tokens": 3},
+}
+"""Bodies that are answered whole: the few good ones that are made up may all ask for more than the deadline
+lets them have."""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,11 @@ def try_operation(
             case.validate_response(answer, headers=headers, checks=checks)
 
         keeps()
+    if label in GOOD:
+        case = operation.Case(body=GOOD[label], media_type="application/json")
+        answer = case.call(headers=headers, timeout=20)
+        answered[answer.status_code] += 1
+        case.validate_response(answer, headers=headers, checks=checks)
     return answered
 
 

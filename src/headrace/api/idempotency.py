@@ -8,8 +8,8 @@ while it still runs; a stream is replayed as a stream. It must not know what is 
                                   └──any other end──▶ unknown     (so a retry after an error tries again)
 
 A run with a key is nobody's connection: it goes on when its client leaves, since that client is about to ask
-again. If nobody does for `Limits.grace_s`, it is cancelled. What runs is bounded by the engine's queue, and what
-is kept by `Limits`.
+again. If nobody does for `Limits.grace_s`, it is cancelled. What runs is bounded by the engine's queue; what
+is kept, by `Limits`.
 """
 
 from __future__ import annotations
