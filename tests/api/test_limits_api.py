@@ -219,6 +219,17 @@ def test_rates_are_refused_with_when_to_come_again() -> None:
         assert ask("a", [5], 1).status_code == 429
 
 
+def test_an_answer_that_is_sent_again_is_a_request() -> None:
+    keys = (ApiKey("k", hashlib.sha256(b"k").digest(), requests_per_minute=3, tokens_per_minute=10),)
+    with ApiHouse(serving=ServingOptions(keys=keys)) as house:
+        headers = {"Authorization": "Bearer k", "Idempotency-Key": "again"}
+        body = {"prompt": [5] * 6, "max_tokens": 4, "ignore_eos": True}
+        answers = [httpx.post(house.url + TEXT, json=body, headers=headers) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert "3 requests per minute" in error_of(answers[-1], 429)["message"]
+    assert answers[0].content == answers[2].content
+
+
 def test_budgets_fill_with_time() -> None:
     now = 0.0
     key = ApiKey("k", hashlib.sha256(b"k").digest(), requests_per_minute=60, tokens_per_minute=600)

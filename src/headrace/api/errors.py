@@ -121,7 +121,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _validation_error(error.errors()).response()
+        return _validation_error(error.errors(), request.headers.get("content-type", "")).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -140,11 +140,14 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "the server failed on this request; its log has the details").response()
 
 
-def _validation_error(found: Sequence[Any]) -> ApiError:
+def _validation_error(found: Sequence[Any], content_type: str) -> ApiError:
     """The first thing that is wrong, with the path of its field as `messages[0].role`."""
     first = found[0]
     if first["type"] == "model_attributes_type" and len(first["loc"]) == 1:
-        return ApiError(400, "the body is not a JSON object; send one with Content-Type: application/json")
+        if "json" in content_type:
+            return ApiError(400, "the body is JSON, but not an object")
+        given = f"{content_type[:60]!r}" if content_type else "not given"
+        return ApiError(400, f"Content-Type is {given}; send the body with Content-Type: application/json")
     where = [part for part in first["loc"] if part not in _FIELD_NAMES]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.api.access import caller_of
 from headrace.api.errors import FAILED, ApiError
 
 HEADER = "Idempotency-Key"
@@ -92,6 +93,8 @@ class Idempotency:
                 return
             identity = _digest(_header(scope, b"authorization") or b"", scope["path"].encode(), key)
             run, replayed = self._find(scope, identity, body)
+            if replayed and (caller := caller_of(scope)) is not None:
+                caller.admit_small()  # an answer that is sent again is a request, though it generates nothing
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
