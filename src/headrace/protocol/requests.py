@@ -52,6 +52,20 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Requests share cached blocks only with requests of the same salt (a tenant's own cache)."""
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a request had come in earlier attempts at it; an attempt goes on from there and repeats nothing.
+
+    Which worker computes an attempt is no part of the answer: a token depends on the tokens before it, the
+    sample's seed and its position.
+    """
+
+    generated: dict[int, list[int]] = {}
+    """Output tokens by sample; a sample that is not named has none."""
+    ended: list[int] = []
+    """Samples that are not to be run."""
+    prompt_logprobs_told: bool = False
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural log-probabilities at one position, before any sampling processor.
 
