@@ -18,17 +18,22 @@ import uvloop
 
 from headrace.sim import Crash, LinkProfile, Simulation, run
 from headrace.world import Network
+from headrace.world.credentials import Credentials, make_credentials
 from headrace.world.streams import StreamNetwork
 
 SCENARIO_DEADLINE_S = 20
 
 PEER_PROGRAM = """
-import socket, sys, time
-kind, where, unread = sys.argv[1:]
+import socket, ssl, sys, time
+kind, where, unread, credentials = sys.argv[1:]
 if kind == "unix":
     s = socket.socket(socket.AF_UNIX); s.connect(where)
 else:
     s = socket.socket(); s.connect(("127.0.0.1", int(where)))
+if kind == "tls":
+    tls = ssl.create_default_context(cafile=credentials + "/ca.pem")
+    tls.load_cert_chain(credentials + "/node.pem", credentials + "/node.key")
+    s = tls.wrap_socket(s, server_hostname="headrace")
 s.sendall(b"ready")
 if unread == "read":
     while s.recv(65536): pass
@@ -70,13 +75,18 @@ class Place(ABC):
         """Run the scenario to its end, and see that it leaves no task and no report behind."""
 
 
+NewLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
 class RealStage(Stage):
-    server = client = StreamNetwork()
     one_way_s = 0.0003
     buffer_bound = 24 * 1024 * 1024  # sockets' buffers grow on their own; the usual limits add up to 10 MiB
 
-    def __init__(self, kind: str, directory: Path) -> None:
-        self.resets = kind == "tcp"
+    def __init__(self, kind: str, directory: Path, credentials: Credentials) -> None:
+        self._kind = kind
+        self._credentials = credentials
+        self.server = self.client = StreamNetwork(credentials if kind == "tls" else None)
+        self.resets = kind != "unix"
         self.reports = []
         if kind == "unix":
             self.address = f"unix:{directory}/listener"
@@ -88,10 +98,9 @@ class RealStage(Stage):
                 self.nowhere = f"127.0.0.1:{probe.getsockname()[1]}"
 
     async def start_peer(self, address: str, *, reads: bool) -> Callable[[], None]:
-        kind = "unix" if address.startswith("unix:") else "tcp"
         where = address.removeprefix("unix:").rpartition(":")[2]
-        program = [sys.executable, "-S", "-E", "-c", PEER_PROGRAM, kind, where, "read" if reads else "unread"]
-        pid = os.posix_spawn(sys.executable, program, {})
+        arguments = [self._kind, where, "read" if reads else "unread", str(self._credentials.directory)]
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-E", "-c", PEER_PROGRAM, *arguments], {})
 
         def kill() -> None:
             os.kill(pid, signal.SIGKILL)
@@ -110,13 +119,12 @@ class RealStage(Stage):
 
 
 class RealPlace(Place):
-    def __init__(self, kind: str, new_loop: Callable[[], asyncio.AbstractEventLoop], directory: Path) -> None:
-        self._kind = kind
+    def __init__(self, new_stage: Callable[[], RealStage], new_loop: NewLoop) -> None:
+        self._new_stage = new_stage
         self._new_loop = new_loop
-        self._directory = directory
 
     def play(self, scenario: Callable[[Stage], Awaitable[None]]) -> None:
-        stage = RealStage(self._kind, self._directory)
+        stage = self._new_stage()
 
         async def main() -> None:
             loop = asyncio.get_running_loop()
@@ -184,19 +192,29 @@ class SimPlace(Place):
 
 
 SLOW = LinkProfile(latency_s=0.04, jitter_s=0.02, bytes_per_s=20e6)
-LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+LOOPS: dict[str, NewLoop] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
 }
-PLACES = [f"{kind}-{loop}" for kind in ("tcp", "unix") for loop in LOOPS] + ["sim-near", "sim-far"]
+PLACES = [f"{kind}-{loop}" for kind in ("tcp", "tls", "unix") for loop in LOOPS] + ["sim-near", "sim-far"]
+
+
+@pytest.fixture(scope="session")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    return make_credentials(tmp_path_factory.mktemp("cluster") / "credentials")
 
 
 @pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    credentials: Credentials,
+) -> Iterator[Place]:
     monkeypatch.setattr("headrace.world.connection.LINGER_S", 0.2)
     kind, variant = request.param.split("-")
     if kind == "sim":
         near = variant == "near"
         yield SimPlace(1, Crash.RESET, LinkProfile()) if near else SimPlace(2, Crash.END, SLOW)
     else:
-        yield RealPlace(kind, LOOPS[variant], tmp_path)
+        yield RealPlace(lambda: RealStage(kind, tmp_path, credentials), LOOPS[variant])

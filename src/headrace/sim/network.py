@@ -231,7 +231,7 @@ class SimNetwork:
 
 
 class _HostNetwork(Network):
-    """The network of one host, for one life of that host."""
+    """The network of one host, for one life of that host. All its connections are plain."""
 
     def __init__(self, network: SimNetwork, host: _Host) -> None:
         self._network = network
@@ -242,7 +242,7 @@ class _HostNetwork(Network):
     def _dead(self) -> bool:
         return self._host.incarnation != self._incarnation
 
-    async def listen(self, address: str, handler: Handler) -> Listener:
+    async def listen(self, address: str, handler: Handler, *, plain: bool = False) -> Listener:
         name, port = split_host_port(address)
         host = self._host
         if self._dead:
@@ -256,7 +256,7 @@ class _HostNetwork(Network):
         host.listeners[port] = listener
         return listener
 
-    async def connect(self, address: str, *, timeout_s: float) -> Connection:
+    async def connect(self, address: str, *, timeout_s: float, plain: bool = False) -> Connection:
         name, port = split_host_port(address)
         if self._dead:
             raise ConnectFailed(address, f"host {self._host.machine.name} has crashed")

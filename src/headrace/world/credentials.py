@@ -35,8 +35,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-NODE_NAME = "headrace"
-"""The DNS name in every node's certificate, asked for by whoever connects and by whoever accepts."""
+from headrace.world.tls import NODE_NAME
 
 VALIDITY = timedelta(days=5 * 365)
 """How long certificates made here are valid."""
@@ -67,7 +66,7 @@ class Credentials:
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.3 for accepting: shows the node's certificate and demands one of the cluster's authority.
 
-        It cannot ask for `NODE_NAME`, which is left to the listener. There are no session tickets: each
+        It cannot ask for `NODE_NAME`, which is left to who uses it. There are no session tickets: each
         connection shows its certificate anew.
         """
         context = self._context(ssl.PROTOCOL_TLS_SERVER)

@@ -37,7 +37,9 @@ class ConnectionLost(ConnectionError):
 
 
 class ConnectFailed(ConnectionError):
-    """No connection came about: nothing listens there, the name is unknown, or nobody answered in time."""
+    """No connection came about: nothing listens there, the name is unknown, nobody answered in time, or who
+    did is not of this cluster.
+    """
 
     def __init__(self, address: str, reason: str) -> None:
         super().__init__(f"cannot connect to {address}: {reason}")
@@ -127,16 +129,22 @@ class Network(ABC):
     """Where connections come from. Its OSErrors name the address and the cause."""
 
     @abstractmethod
-    async def listen(self, address: str, handler: Handler) -> Listener:
+    async def listen(self, address: str, handler: Handler, *, plain: bool = False) -> Listener:
         """Accept connections at `address`, one `handler` task for each.
+
+        `plain` connections are not encrypted even in a network that encrypts, and no peer is verified: they
+        are for bulk bytes, whose reader shows a secret that it was told over an encrypted one.
 
         Raises OSError when the address cannot be had (in use, not of this host), ValueError when it is not an
         address.
         """
 
     @abstractmethod
-    async def connect(self, address: str, *, timeout_s: float) -> Connection:
-        """Open a connection within `timeout_s` seconds. Raises ConnectFailed; ValueError for no address."""
+    async def connect(self, address: str, *, timeout_s: float, plain: bool = False) -> Connection:
+        """Open a connection within `timeout_s` seconds, `plain` as the listener there has it.
+
+        Raises ConnectFailed; ValueError for no address.
+        """
 
 
 def split_host_port(address: str) -> tuple[str, int]:

@@ -1,8 +1,9 @@
 """The real network: TCP and unix sockets through asyncio, on asyncio's own loop and on uvloop alike.
 
-In: addresses as text. Out: `TransportConnection`s over socket transports. Encryption belongs into exactly two
-calls of this file, the `create_server` and the `create_connection` of `StreamNetwork`, which take an
-`ssl.SSLContext`; no other code sees whether a connection is encrypted.
+In: addresses as text, and the cluster's credentials. Out: `TransportConnection`s over socket transports.
+With credentials, TCP connections are mutual TLS (`world/tls.py`), which `StreamNetwork` puts between the
+socket and the connection; no other code sees whether a connection is encrypted. Unix sockets are their
+owner's, and stay plain.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from headrace.world.connection import HandlerTasks, TransportConnection
 from headrace.world.network import (
@@ -27,6 +29,10 @@ from headrace.world.network import (
     join_host_port,
     split_host_port,
 )
+from headrace.world.tls import TlsTransport
+
+if TYPE_CHECKING:
+    from headrace.world.credentials import Credentials
 
 ACCEPT_BACKLOG = 1024
 """Connections the kernel completes before they are accepted; its own limit (somaxconn) may be lower."""
@@ -38,7 +44,12 @@ BACKLOG_RETRY_S = 0.01
 class StreamNetwork(Network):
     """Sockets of this machine."""
 
-    async def listen(self, address: str, handler: Handler) -> Listener:
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        """Without `credentials` every connection is plain. Raises CredentialsError."""
+        self._server_tls = credentials.server_context() if credentials is not None else None
+        self._client_tls = credentials.client_context() if credentials is not None else None
+
+    async def listen(self, address: str, handler: Handler, *, plain: bool = False) -> Listener:
         if address.startswith(UNIX_PREFIX):
             path = _unix_path(address)
             bound = _bind_unix(path)
@@ -49,37 +60,57 @@ class StreamNetwork(Network):
             address = join_host_port(*bound.getsockname()[:2])
             peer = ""
         tasks = HandlerTasks(handler)
-        factory = _connections(peer, on_open=tasks.accept)
+        connections = _connections(peer, on_open=tasks.accept)
+        tls = None if plain else self._server_tls
         loop = asyncio.get_running_loop()
         try:
             if path is not None:
-                server = await loop.create_unix_server(factory, sock=bound, backlog=ACCEPT_BACKLOG)
+                server = await loop.create_unix_server(connections, sock=bound, backlog=ACCEPT_BACKLOG)
+            elif tls is None:
+                server = await loop.create_server(connections, sock=bound, backlog=ACCEPT_BACKLOG)
             else:
-                server = await loop.create_server(factory, sock=bound, backlog=ACCEPT_BACKLOG)
+                server = await loop.create_server(
+                    lambda: TlsTransport(tls, connections(), server_side=True),
+                    sock=bound,
+                    backlog=ACCEPT_BACKLOG,
+                )
         except BaseException:
             bound.close()
             raise
         return _StreamListener(address, server, path)
 
-    async def connect(self, address: str, *, timeout_s: float) -> Connection:
+    async def connect(self, address: str, *, timeout_s: float, plain: bool = False) -> Connection:
         loop = asyncio.get_running_loop()
-        factory = _connections(address)
+        connections = _connections(address)
+        tls = None if plain else self._client_tls
+        awaited = "answer"
         try:
             async with asyncio.timeout(timeout_s):
                 if address.startswith(UNIX_PREFIX):
                     sock = await _connect_unix(_unix_path(address))
-                    _, connection = await loop.create_unix_connection(factory, sock=sock)
-                else:
-                    host, port = split_host_port(address)
-                    _, connection = await loop.create_connection(factory, host, port)
+                    _, connection = await loop.create_unix_connection(connections, sock=sock)
+                    return connection
+                host, port = split_host_port(address)
+                if tls is None:
+                    _, connection = await loop.create_connection(connections, host, port)
+                    return connection
+                connection = connections()
+                encrypted = TlsTransport(tls, connection, server_side=False)
+                await loop.create_connection(lambda: encrypted, host, port)
+                awaited = "TLS handshake"
+                try:
+                    await encrypted.verified
+                except BaseException:
+                    encrypted.abort()
+                    raise
+                return connection
         except TimeoutError as error:
-            reason = _describe(error) if error.errno else f"no answer within {timeout_s:g} s"
+            reason = _describe(error) if error.errno else f"no {awaited} within {timeout_s:g} s"
             raise ConnectFailed(address, reason) from error
         except (ConnectionRefusedError, FileNotFoundError) as error:
             raise ConnectFailed(address, "nothing listens there") from error
         except OSError as error:
             raise ConnectFailed(address, _describe(error)) from error
-        return connection
 
 
 class _SocketConnection(TransportConnection):

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.world.network import Network
 from headrace.world.random import RandomStreams
 from headrace.world.streams import StreamNetwork
+
+if TYPE_CHECKING:
+    from headrace.world.credentials import Credentials
 
 TraceValue = str | int | float | bool | bytes | None
 
@@ -38,6 +42,9 @@ class World:
         return asyncio.get_running_loop().time()
 
 
-def real_world() -> World:
-    """The world of this process: sockets, the operating system's entropy, the real clock."""
-    return World(network=StreamNetwork(), random=RandomStreams.from_os())
+def real_world(credentials: Credentials | None = None) -> World:
+    """The world of this process: sockets, the operating system's entropy, the real clock.
+
+    With `credentials`, TCP connections are mutual TLS.
+    """
+    return World(network=StreamNetwork(credentials), random=RandomStreams.from_os())
