@@ -122,6 +122,22 @@ def test_the_revision_is_of_the_content(model: Path, tmp_path: Path) -> None:
     assert open_model(model).revision != before
 
 
+def test_the_revision_sees_any_tensor_that_has_other_values(model: Path) -> None:
+    """Two fine-tunes of one base differ in nothing else: names, types, shapes and config are the same."""
+    tensors = load_file(model / "model.safetensors")
+    found = {open_model(model).revision}
+    for name in tensors:
+        save_file(tensors | {name: tensors[name] + 1}, model / "model.safetensors")
+        found.add(open_model(model).revision)
+    assert len(found) == 1 + len(tensors)
+
+
+def test_the_revision_is_the_same_however_the_weights_are_spread_over_files(model: Path) -> None:
+    whole = open_model(model).revision
+    shard(model)
+    assert open_model(model).revision == whole
+
+
 def pickled(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
 

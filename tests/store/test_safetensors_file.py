@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from headrace.store import ModelFileError, safetensors_index
-from headrace.store.safetensors_file import TensorSpec, write_safetensors
+from headrace.store.safetensors_file import TensorSpec, content_digest, write_safetensors
 
 
 @pytest.fixture
@@ -35,6 +35,45 @@ def test_ranges_hold_the_tensors(sample: Path) -> None:
         assert entry.shape == values.shape and entry.path == sample
         assert content[entry.begin : entry.end] == values.tobytes()
     assert index["a"].dtype == "F32" and index["b"].dtype == "F16"
+
+
+def digest(path: Path, **tensors: Any) -> bytes:
+    save_file(tensors, path)
+    return content_digest(safetensors_index([path]))
+
+
+def test_a_digest_sees_both_ends_of_a_large_tensor_and_pieces_between(tmp_path: Path) -> None:
+    size = 100_000
+    path = tmp_path / "model.safetensors"
+    before = digest(path, w=np.zeros(size, dtype=np.uint8))
+    seen = []
+    for at in (0, 4095, 7 * 4096, size // 2, size - 4096, size - 1):
+        changed = np.zeros(size, dtype=np.uint8)
+        changed[at] = 1
+        seen.append(digest(path, w=changed) != before)
+    # Eight pieces begin 13,700 bytes apart: half of it lies between the fourth and the fifth.
+    assert seen == [True, True, True, False, True, True]
+
+
+def test_a_digest_sees_names_types_and_shapes_but_not_places(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    ones = np.ones((2, 3), dtype=np.float32)
+    alone = digest(path, a=ones)
+    assert digest(path, a=ones) == alone
+    others = {"b": ones}, {"a": ones.T.copy()}, {"a": ones.view(np.int32)}, {"a": ones, "b": ones[:0]}
+    assert len({alone, *(digest(path, **other) for other in others)}) == 5
+    index = safetensors_index([path])
+    assert content_digest({"a": index["a"]}) == alone
+
+
+def test_a_file_that_became_shorter_is_told(sample: Path) -> None:
+    index = safetensors_index([sample])
+    sample.write_bytes(sample.read_bytes()[:-20])
+    with pytest.raises(ModelFileError, match="became shorter"):
+        content_digest(index)
+    sample.unlink()
+    with pytest.raises(ModelFileError, match="cannot read"):
+        content_digest(index)
 
 
 def test_what_is_written_is_read_by_the_library(tmp_path: Path) -> None:

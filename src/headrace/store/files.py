@@ -1,7 +1,7 @@
 """A model directory in Hugging Face layout, checked and described.
 
 In: a directory. Out: `ModelFiles`, what every other room knows of a model on disk. Here files are looked at,
-never loaded: config and tokenizer settings are parsed, of the weights only the headers are read.
+never loaded: config and tokenizer settings are parsed, of the weights the headers and some samples are read.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
-from .safetensors_file import TensorEntry, header_bytes, safetensors_index
+from .safetensors_file import TensorEntry, content_digest, safetensors_index
 
 MODEL_TYPES: Final = ("gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` that are served."""
@@ -32,8 +32,9 @@ class ModelFiles:
 
     `config`, `generation_config` and `tokenizer_config` are the parsed JSON files, empty where a file is
     absent. `weights` are the safetensors files in order and `tensors` says where in them each tensor lies.
-    `chat_template` is Jinja source or None. `revision` names the content: equal for equal config and weights'
-    headers, sizes and names.
+    `chat_template` is Jinja source or None. `revision` names the content of config and weights, however
+    those are spread over files. Of the weights it sees what `content_digest` samples, enough to tell fine-tunes
+    of one base apart.
     """
 
     name: str
@@ -99,7 +100,7 @@ def open_model(directory: Path, name: str | None = None) -> ModelFiles:
         tensors=tensors,
         tokenizer=tokenizer,
         chat_template=_chat_template(directory, tokenizer_config),
-        revision=_revision(directory, weights),
+        revision=_revision(directory, tensors),
     )
 
 
@@ -234,13 +235,8 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
     return template if isinstance(template, str) else None
 
 
-def _revision(directory: Path, weights: tuple[Path, ...]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in [(directory / "config.json").read_bytes()] + [
-        part
-        for path in weights
-        for part in (path.name.encode(), str(path.stat().st_size).encode(), header_bytes(path))
-    ]:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+def _revision(directory: Path, tensors: Mapping[str, TensorEntry]) -> str:
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    # The last 16 bytes are always the weights', so the parts cannot be taken for each other.
+    digest.update(content_digest(tensors))
     return digest.hexdigest()
