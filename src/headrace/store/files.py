@@ -33,8 +33,8 @@ class ModelFiles:
     `config`, `generation_config` and `tokenizer_config` are the parsed JSON files, empty where a file is
     absent. `weights` are the safetensors files in order and `tensors` says where in them each tensor lies.
     `chat_template` is Jinja source or None. `revision` names the content of config and weights, however
-    those are spread over files. Of the weights it sees what `content_digest` samples, enough to tell fine-tunes
-    of one base apart.
+    those are spread over files. Of the weights it sees what `content_digest` samples: enough to tell
+    fine-tunes of one base apart.
     """
 
     name: str
