@@ -93,7 +93,8 @@ def main() -> None:
         max_model_len=1024,
         prefix_caching=False,
     )
-    engine, info = build_engine(options)
+    built = build_engine(options)
+    engine, info = built.engine, built.info
     asyncio.run(run_batch(engine, 2, info.vocab_size, seed=0))
     runs = [
         median(

@@ -66,7 +66,7 @@ def test_an_engine_says_that_its_weights_are_int8(smollm2_dir: Path) -> None:
             max_model_len=64,
             kv_cache_memory=16 << 20,
         )
-        found[quantization] = build_engine(options)[1]
+        found[quantization] = build_engine(options).info
     assert "int8" in found["int8"].numerics
     assert found["int8"].numerics != found["none"].numerics
     assert any("int8" in note for note in found["int8"].notes)

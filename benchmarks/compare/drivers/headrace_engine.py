@@ -13,7 +13,7 @@ from headrace.protocol.requests import GenerateRequest, SamplingParams
 
 def main() -> None:
     options = protocol.arguments()
-    engine, _ = build_engine(
+    engine = build_engine(
         EngineOptions(
             directory=options.directory,
             served_name="model",
@@ -25,7 +25,7 @@ def main() -> None:
             max_num_batched_tokens=2048,  # for throughput, as the peers' offline engines are set up
             prefix_caching=False,
         )
-    )
+    ).engine
     numbers = itertools.count()
 
     async def run(prompts: list[list[int]], output_tokens: int) -> int:

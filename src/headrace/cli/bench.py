@@ -319,11 +319,11 @@ def _engine(model: str, settings: list[str], temperature: float, ignore_eos: boo
 
     with PullProgress() as progress:
         files = resolve(model, progress)
-    engine, info = build_engine(_engine_options(str(files.directory), files.name, settings))
+    built = build_engine(_engine_options(str(files.directory), files.name, settings))
     served = ServedModel.from_files(files)
     return EngineTarget(
-        engine,
-        f"{info.model}, {info.numerics}, {info.threads} threads,",
+        built.engine,
+        f"{built.info.model}, {built.info.numerics}, {built.info.threads} threads,",
         tokenizer=served.tokenizer,
         chat_template=served.chat_template,
         temperature=temperature,

@@ -7,13 +7,17 @@ machine; what it decided comes back in `EngineInfo`.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
 KernelLibrary = Literal["auto", "native", "reference"]
+
+
+MAX_CACHE_KEY_BYTES = 64
+"""What BLAKE2b takes as a key."""
 
 
 def usable_cores() -> int:
@@ -48,6 +52,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefix_caching: bool = True
     batch_invariant: bool = False
     kernels: KernelLibrary = "auto"
+    shared_kv: bool = False
+    """KV cache in memory that the worker's supervisor can read, for transfers."""
+    cache_key: bytes = b""
+    """Of the hashes that name KV blocks: workers of one key can compare them; empty is a random key of the
+    engine's own. A secret, not printed: who knows it can test guesses at a block's text against its name."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size"):
@@ -65,3 +74,14 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"
             )
+        if len(self.cache_key) > MAX_CACHE_KEY_BYTES:
+            raise ValueError(
+                f"cache_key must be at most {MAX_CACHE_KEY_BYTES} bytes, got {len(self.cache_key)}"
+            )
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Every option but the secret one."""
+        return [(name, getattr(self, name)) for name in self.__struct_fields__ if name != "cache_key"]
+
+    def __repr__(self) -> str:
+        return f"EngineOptions({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"

@@ -1,7 +1,7 @@
 """From `EngineOptions` to an engine that can step: every "auto" is decided here, and said in words.
 
-Order: precision and kernels, how long a sequence may be, weights, how many KV blocks fit, a self-test where
-batch invariance was promised, and the scheduler over it all.
+Order: precision and kernels, how long a sequence may be, weights, how many KV blocks fit and in what memory,
+a self-test where batch invariance was promised, and the scheduler over it all.
 """
 
 from __future__ import annotations
@@ -13,21 +13,38 @@ from pathlib import Path
 
 import torch
 
+from headrace import __version__
 from headrace.config.engine import EngineOptions
 from headrace.engine import Engine, GroupSpec, KVCache, Scheduler, SchedulerConfig
 from headrace.execution.runner import TorchExecutor
 from headrace.execution.selftest import check_batch_invariance
 from headrace.kernels import Kernels
 from headrace.kernels.choose import choose_kernels
+from headrace.models.config import DynamicRotary, ModelConfig
 from headrace.models.families import read_config
 from headrace.models.kv_groups import KVGroup, kv_groups
 from headrace.models.loader import load_decoder
 from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles, open_model
+from headrace.world.shared_memory import SharedMemory, SharedMemoryError
 
 
 class EngineBuildError(ValueError):
     """The options cannot be met on this machine; the text says which, the limit, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine ready to step, what is said of it, and the memory of its KV pool where that is shared.
+
+    Block i, all layers of its group, is the bytes [i * n, (i + 1) * n) of `shared_kv`, with n
+    `info.block_bytes`, for i below `info.num_blocks`; nothing else is in it. `engine.executor.close` lets go
+    of it.
+    """
+
+    engine: Engine
+    info: EngineInfo
+    shared_kv: SharedMemory | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ class _Pool:
     max_model_len: int
 
 
-def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
+def build_engine(options: EngineOptions) -> BuiltEngine:
     """Load a model and make it ready to step.
 
     Raises EngineBuildError for options this machine or model cannot meet, and what `store` and `models` raise
@@ -59,8 +76,14 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
     pool = _cut_pool(options, files, kernels, notes)
     decoder = load_decoder(files.directory, kernels, pool.max_model_len)
     config = decoder.config
+    shared_kv = _share(pool) if options.shared_kv else None
     pages = kernels.allocate_kv(
-        pool.num_blocks, len(pool.groups[0].layers), config.kv_heads, config.head_dim, options.block_size
+        pool.num_blocks,
+        len(pool.groups[0].layers),
+        config.kv_heads,
+        config.head_dim,
+        options.block_size,
+        None if shared_kv is None else torch.frombuffer(shared_kv.buffer, dtype=torch.uint8),
     )
     decoder.attach_kv(pages, pool.groups, options.block_size)
     if options.batch_invariant:
@@ -74,7 +97,6 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
         notes.append("batch-invariant: the same bits whatever runs beside, tested on the loaded weights")
 
     numerics = f"{kernels.numerics}/torch-{torch.__version__}/{_name(kernels.dtype)}"
-    fingerprint = f"{files.revision}/{numerics}/{options.block_size}/{pool.max_model_len}"
     eos_token_ids = frozenset(files.eos_token_ids)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -91,8 +113,8 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
             num_blocks=pool.num_blocks,
             block_size=options.block_size,
             groups=[GroupSpec(group.window) for group in pool.groups],
-            fingerprint=fingerprint.encode(),
-            key=os.urandom(32),
+            fingerprint=_fingerprint(files.revision, numerics, kernels, config, pool, options.block_size),
+            key=options.cache_key or os.urandom(32),
         ),
     )
     executor = TorchExecutor(
@@ -102,6 +124,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
         max_model_len=pool.max_model_len,
         block_size=options.block_size,
         eos_token_ids=eos_token_ids,
+        memory=shared_kv,
     )
     info = EngineInfo(
         model=options.served_name,
@@ -123,7 +146,39 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineInfo]:
         pid=os.getpid(),
         notes=tuple(notes),
     )
-    return Engine(scheduler, executor), info
+    return BuiltEngine(Engine(scheduler, executor), info, shared_kv)
+
+
+def _fingerprint(
+    revision: str, numerics: str, kernels: Kernels, config: ModelConfig, pool: _Pool, block_size: int
+) -> bytes:
+    """Names all that shapes content and layout of a block of given tokens, and nothing else: engines of one
+    fingerprint can use each other's blocks, however many they have and whatever lengths they allow.
+
+    That length counts where rotary frequencies are chosen by it. Another release may lay out pages otherwise.
+    """
+    rotary_lengths = {
+        max(kind.rotary.original_max_positions, pool.max_model_len)
+        for kind in config.layer_kinds
+        if isinstance(kind.rotary, DynamicRotary)
+    }
+    parts = (
+        __version__,
+        revision,
+        numerics,
+        kernels.batch_invariant,
+        block_size,
+        pool.block_bytes,
+        sorted(rotary_lengths),
+    )
+    return repr(parts).encode()
+
+
+def _share(pool: _Pool) -> SharedMemory:
+    try:
+        return SharedMemory(pool.num_blocks * pool.block_bytes)
+    except SharedMemoryError as error:
+        raise EngineBuildError(f"shared_kv: {error}") from error
 
 
 def _cut_pool(options: EngineOptions, files: ModelFiles, kernels: Kernels, notes: list[str]) -> _Pool:

@@ -17,6 +17,7 @@ from headrace.execution.sampler import NoChoice, RowSampler, sample_rows, token_
 from headrace.kernels.batch import Batch
 from headrace.models.decoder import Decoder
 from headrace.protocol.requests import RequestError, TokenLogprobs
+from headrace.world.shared_memory import SharedMemory
 
 _LOGIT_ROWS = 32  # prompt positions whose logits are in memory at once: [32, vocab] float32
 
@@ -35,8 +36,11 @@ class TorchExecutor(Executor):
         max_model_len: int,
         block_size: int,
         eos_token_ids: frozenset[int],
+        memory: SharedMemory | None = None,
     ) -> None:
+        """`memory` is what the decoder's KV pool lies in, where that is shared; `close` lets go of it."""
         self._decoder = decoder
+        self._memory = memory
         self._block_size = block_size
         self._eos_token_ids = eos_token_ids
         self._tokens = np.zeros((rows, max_model_len), np.int32)
@@ -53,7 +57,9 @@ class TorchExecutor(Executor):
         return future
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Whoever opens the KV pool from now on finds nothing."""
+        if self._memory is not None:
+            self._memory.close()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:

@@ -193,8 +193,22 @@ class Kernels(Operations):
         """Pack weight [2 * ffn, in] and bias [2 * ffn], rows of gate before those of up, once, at load."""
 
     @abstractmethod
-    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
-        """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions, contiguous."""
+    def allocate_kv(
+        self,
+        pages: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """A zeroed pool, [pages, ...]: a page holds `layers` layers of `block_size` positions.
+
+        Block-major: with n the bytes of a page, page i is the bytes [i * n, (i + 1) * n) of the pool, and no
+        others; a page copied byte by byte to another pool of these shapes means the same there. The pool is
+        laid into `memory`, [pages * n] zeros of uint8 that start at a multiple of 64 bytes, where that is
+        given.
+        """
 
     @abstractmethod
     def capture(self, build: Build, x: Tensor) -> Program:

@@ -6,6 +6,7 @@ Reading it is faster by the misses of the translation cache that it saves (measu
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 HUGE_PAGE_BYTES = 2 << 20
 _ARENA_BYTES = 64 << 20
 _ALIGNMENT_BYTES = 4096
+_CACHE_LINE_BYTES = 64
 
 
 class Arena:
@@ -58,3 +60,14 @@ def huge_zeros(size: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE_BYTES
     return whole[start : start + size]
+
+
+def pool_in(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`memory` [bytes] uint8 as a tensor of `shape`. Raises ValueError unless it has just that size."""
+    wanted = math.prod(shape) * dtype.itemsize
+    if memory.nbytes != wanted or memory.data_ptr() % _CACHE_LINE_BYTES:
+        raise ValueError(
+            f"memory for a KV pool has {memory.nbytes} bytes at {memory.data_ptr():#x}; {wanted} are needed, "
+            f"from a multiple of {_CACHE_LINE_BYTES} on"
+        )
+    return memory.view(dtype).view(shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace import _native
 from headrace.kernels.base import AttentionSpec, Build, Kernels, KVCacheLayer, Quantization
 from headrace.kernels.batch import Batch
-from headrace.kernels.huge_pages import Arena, Workspace, huge_zeros
+from headrace.kernels.huge_pages import Arena, Workspace, huge_zeros, pool_in
 from headrace.kernels.int8 import check_inputs
 from headrace.kernels.native_operations import (
     TYPES,
@@ -128,7 +128,15 @@ class NativeKernels(NativeOperations, Kernels):
         )
         return packed
 
-    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
+    def allocate_kv(
+        self,
+        pages: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """[pages, elements of a page]; the memory is taken from the system as pages are first written."""
         if head_dim < 2 or head_dim % 2 or min(pages, layers, kv_heads, block_size) < 1:
             raise ValueError(
@@ -136,8 +144,9 @@ class NativeKernels(NativeOperations, Kernels):
                 f"({pages} asked for): each must be at least 1, and head_dim even"
             )
         elements = _native.page_elements(layers, kv_heads, head_dim, block_size)
-        memory = huge_zeros(pages * elements * self.dtype.itemsize)
-        return memory.view(self.dtype).view(pages, elements)
+        if memory is None:
+            memory = huge_zeros(pages * elements * self.dtype.itemsize)
+        return pool_in(memory, (pages, elements), self.dtype)
 
     def capture(self, build: Build, x: Tensor) -> NativeProgram:
         """All programs of these kernels share one workspace: they run one after another."""

@@ -41,6 +41,7 @@ from headrace.kernels.base import (
     Quantization,
 )
 from headrace.kernels.batch import Batch
+from headrace.kernels.huge_pages import pool_in
 from headrace.kernels.int8 import TorchInt8Linear, multiply_int8, pack_int8
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -189,8 +190,17 @@ class TorchKernels(Kernels):
 
         return self._by_row(gated, gate_up.to(torch.float32)).to(self.dtype)
 
-    def allocate_kv(self, pages: int, layers: int, kv_heads: int, head_dim: int, block_size: int) -> Tensor:
-        return torch.zeros(pages, layers, 2, block_size, kv_heads, head_dim, dtype=self.dtype)
+    def allocate_kv(
+        self,
+        pages: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        shape = (pages, layers, 2, block_size, kv_heads, head_dim)
+        return torch.zeros(shape, dtype=self.dtype) if memory is None else pool_in(memory, shape, self.dtype)
 
     @_timed
     def rotate_and_store(

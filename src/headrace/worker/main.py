@@ -12,17 +12,19 @@ import asyncio
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from headrace.config import EngineOptions, format_size
-from headrace.engine import Engine
-from headrace.protocol.messages import EngineInfo
 from headrace.store import open_model
 from headrace.worker.loop import report_start_failure, serve
 from headrace.world import real_world
 from headrace.world.launcher import die_with_parent
 from headrace.world.machine import available_memory
+
+if TYPE_CHECKING:
+    from headrace.execution.build import BuiltEngine
 
 
 def main(arguments: list[str]) -> int:
@@ -32,20 +34,20 @@ def main(arguments: list[str]) -> int:
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineOptions)
     try:
         _check_memory(options)
-        engine, info = _build(options)
+        built = _build(options)
     except (ValueError, OSError, MemoryError) as error:  # told to the gateway, which ends with it
         message = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
         asyncio.run(report_start_failure(real_world(), address, message))
         return 1
     try:
         # Not uvloop: its clock counts milliseconds, and steps are measured with the loop's clock.
-        asyncio.run(serve(real_world(), address, engine, info))
+        asyncio.run(serve(real_world(), address, built.engine, built.info))
     finally:
-        engine.executor.close()
+        built.engine.executor.close()
     return 0
 
 
-def _build(options: EngineOptions) -> tuple[Engine, EngineInfo]:
+def _build(options: EngineOptions) -> BuiltEngine:
     # Imported here, so that a wrong name or too little memory is told before torch is loaded.
     from headrace.execution.build import build_engine
 
