@@ -76,6 +76,7 @@ def test_both_contexts_verify_and_speak_nothing_older(credentials: Credentials) 
         assert context.minimum_version is ssl.TLSVersion.TLSv1_3
         assert len(context.get_ca_certs()) == 1  # and none of the system's
     assert credentials.client_context().check_hostname
+    assert credentials.server_context().num_tickets == 0
 
 
 def test_where_nobody_signs_the_authoritys_key_is_not_needed(
