@@ -52,7 +52,8 @@ class Workspace:
 
 def huge_zeros(size: int) -> Tensor:
     """[size] uint8 zeros in huge pages where the system gives them, else in ordinary ones."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES)
+    # Private, since another setting, which mostly refuses, decides on huge pages for memory that is shared.
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A system built without huge pages refuses: slower, and nothing else.
         with contextlib.suppress(OSError):
