@@ -22,6 +22,9 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace headrace {
+
+void bind_bulk(nb::module_& m);  // bulk_module.cpp
+
 namespace {
 
 template <class T>
@@ -237,6 +240,8 @@ NB_MODULE(_native, m) {
         kernels().uniform({gumbel_stream(seed, position), at<const uint32_t>(tokens), count, at<double>(out)});
       },
       kernel);
+
+  bind_bulk(m);
 }
 
 }  // namespace headrace

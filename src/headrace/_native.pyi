@@ -1,5 +1,9 @@
 """Types of the compiled module, native/src/module.cpp. Arguments named after an object are addresses."""
 
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
 PANEL: int
 
 def level() -> str: ...
@@ -48,6 +52,27 @@ def choose(
     logits: int, temperatures: int, seeds: int, positions: int, count: int, columns: int, tokens: int, /
 ) -> None: ...
 def uniform(seed: int, position: int, tokens: int, count: int, out: int, /) -> None: ...
+
+BULK_DONE: int
+BULK_BLOCKED: int
+BULK_ENDED: int
+BULK_CANCELLED: int
+BULK_YIELDED: int
+
+class Bulk:
+    """Pieces of memory on their way over a non-blocking socket.
+
+    `send` and `receive` return one of the numbers above, or an errno with a minus sign.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer], writable: bool) -> None: ...
+    def send(self, socket: int, /) -> int: ...
+    def receive(self, socket: int, /) -> int: ...
+    def fill(self, data: bytes, /) -> int: ...
+    def cancel(self) -> None: ...
+    def finish(self) -> list[int]: ...
+
+def crc32c(data: Buffer, crc: int = 0) -> int: ...
 
 class Program:
     """The functions above with a slot's number for an activation and a KV group for its tables."""

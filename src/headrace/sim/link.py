@@ -53,6 +53,8 @@ class Link:
         self.blocked = False
         self.bytes_until_break: int | None = None
         """After this many more bytes of payload, the connection that carries them breaks."""
+        self.bytes_until_corruption: int | None = None
+        """After this many more bytes of payload, one byte arrives inverted."""
         self._loop = loop
         self._free_at = 0.0
         self._held: list[Callable[[], None]] = []

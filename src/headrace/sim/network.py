@@ -25,11 +25,12 @@ import errno
 import os
 from dataclasses import dataclass, field
 
+from headrace.sim.connection import SimConnection
 from headrace.sim.link import DATACENTRE, LOOPBACK, Link, LinkProfile, Machine
 from headrace.sim.loop import VirtualLoop
 from headrace.sim.transport import SimTransport, WireLimits, break_connection, connect_ends
 from headrace.world import ConnectFailed, Connection, Handler, Listener, Network, RandomStreams, TraceValue
-from headrace.world.connection import HandlerTasks, TransportConnection
+from headrace.world.connection import HandlerTasks
 from headrace.world.network import join_host_port, split_host_port
 
 FIRST_EPHEMERAL_PORT = 49152
@@ -141,6 +142,16 @@ class SimNetwork:
             if {end.here, end.peer.here} == {a, b}:
                 break_connection(end)
 
+    def corrupt(self, a: str, b: str, *, after_bytes: int) -> None:
+        """Invert the byte that follows `after_bytes` others, counted from now over all that `a` sends to `b`.
+
+        Nobody is told. A byte that never arrives is not made up for by another.
+        """
+        if after_bytes < 0:
+            raise ValueError(f"corrupt: after_bytes is {after_bytes}, and cannot be negative")
+        self._note("corrupt", a, b, after_bytes)
+        self._link(a, b).bytes_until_corruption = after_bytes
+
     def crash_host(self, name: str, how: Crash = Crash.RESET) -> None:
         """Everything on the host is dead at once: its listeners, its connections, its view of the network."""
         self._note("crash", name, how.value)
@@ -215,14 +226,14 @@ class SimNetwork:
             near, far = connect_ends(self.loop, self._limits, there, back, self._forget_end)
             self._ends[near] = self._ends[far] = None
             far.expect(handshake_completed)
-            connection = TransportConnection(peer)
+            connection = SimConnection(peer)
             near.open(connection)
             self._note("connected", local, peer)
             answer.set_result(connection)
 
-        def handshake_completed() -> TransportConnection | None:
+        def handshake_completed() -> SimConnection | None:
             listener = callee.listeners.get(port)
-            return None if listener is None else TransportConnection(local, listener.tasks.accept)
+            return None if listener is None else SimConnection(local, listener.tasks.accept)
 
         there.send(0, requested)
 

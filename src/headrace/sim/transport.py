@@ -10,6 +10,7 @@ The model, and what each part of it is there to expose:
   other program has taken it; both fill the window, and a full window is back-pressure;
 - a blocked link holds segments and acknowledgements until it is healed, or until the sender has waited the
   retransmission time-out for one of them and gives up; the receiver of a lost sender learns nothing;
+- a byte may arrive inverted, as from a bad link whose error TCP's 16-bit checksum missed;
 - a reset is sent once and never again: on a blocked link it is lost. Whoever sends to a closed end is reset.
 """
 
@@ -145,6 +146,7 @@ class Pipe:
                 if first.data or not self.receiver.ended_orderly:
                     self.receiver.send_reset()
                 continue
+            self._corrupt(first)
             allowed = self.link.bytes_until_break
             if allowed is not None and first.data:
                 if len(first.data) >= allowed:
@@ -157,6 +159,18 @@ class Pipe:
             self.unread.append(first)
         self.receiver.deliver()
         self.report()
+
+    def _corrupt(self, segment: Segment) -> None:
+        before = self.link.bytes_until_corruption
+        if before is None or not segment.data:
+            return
+        if before < len(segment.data):
+            data = bytearray(segment.data)
+            data[before] ^= 0xFF
+            segment.data = bytes(data)
+            self.link.bytes_until_corruption = None
+        else:
+            self.link.bytes_until_corruption = before - len(segment.data)
 
     def next_unread(self) -> Segment:
         """Take the oldest unread segment; its room in the window is free once `report` has arrived."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from headrace.world.network import Connection, ConnectionLost, Handler
@@ -58,6 +59,7 @@ class TransportConnection(asyncio.Protocol, Connection):
         self._writing_paused = False
         self._reader: asyncio.Future[None] | None = None
         self._writers: list[asyncio.Future[None]] = []
+        self._bulk_writer: asyncio.Future[None] | None = None
 
     # What the transport tells us.
 
@@ -73,16 +75,18 @@ class TransportConnection(asyncio.Protocol, Connection):
         if self._state is not _State.OPEN:
             return
         self._received += data
-        if len(self._received) >= self._read_limit and not self._reading_paused:
-            self._reading_paused = True
-            self.transport.pause_reading()
+        if len(self._received) >= self._read_limit:
+            self._pause_reading()
         self._wake_reader()
 
     def eof_received(self) -> bool:
-        self._input_ended = True
-        self._input_closed.set()
+        self._end_input()
         self._wake_reader()
         return True  # our own stream stays open until we end it
+
+    def _end_input(self) -> None:
+        self._input_ended = True
+        self._input_closed.set()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -97,8 +101,7 @@ class TransportConnection(asyncio.Protocol, Connection):
             self._reason = (str(exc) or type(exc).__name__) if exc is not None else "it was closed"
         self._input_closed.set()
         self._gone.set()
-        self._wake_reader()
-        self._wake_writers()
+        self._wake_everyone()
 
     # Reading.
 
@@ -125,6 +128,23 @@ class TransportConnection(asyncio.Protocol, Connection):
                 self._read_limit = READ_BUFFER_BYTES
         return self._take(n)
 
+    async def read_into(self, buffers: Sequence[memoryview]) -> list[int]:
+        self._check_bulk()
+        if self._reader is not None:
+            raise self._two_readers()
+        try:
+            return await self._fill_buffers(buffers)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
+    @abstractmethod
+    async def _fill_buffers(self, buffers: Sequence[memoryview]) -> list[int]:
+        """Do what `read_into` says, but for cancellation; whoever waits here is the waiting reader."""
+
+    def _check_bulk(self) -> None:
+        """Raise RuntimeError if this connection carries no bulk bytes."""
+
     def _end_of_input(self) -> bool:
         """Whether the peer has ended its stream; raises when nothing more can come for another reason."""
         if self._state is _State.CLOSED_HERE or (self._state is _State.LOST and not self._input_ended):
@@ -133,12 +153,15 @@ class TransportConnection(asyncio.Protocol, Connection):
 
     async def _more_input(self) -> None:
         if self._reader is not None:
-            raise RuntimeError(f"two tasks read from the connection with {self.peer} at once")
+            raise self._two_readers()
         self._reader = asyncio.get_running_loop().create_future()
         try:
             await self._reader
         finally:
             self._reader = None
+
+    def _two_readers(self) -> RuntimeError:
+        return RuntimeError(f"two tasks read from the connection with {self.peer} at once")
 
     def _take(self, n: int) -> bytes:
         with memoryview(self._received) as view:
@@ -147,6 +170,12 @@ class TransportConnection(asyncio.Protocol, Connection):
         if len(self._received) < self._read_limit // 2:
             self._resume_reading()
         return data
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            if not self.transport.is_closing():
+                self.transport.pause_reading()
 
     def _resume_reading(self) -> None:
         if self._reading_paused and len(self._received) < self._read_limit:
@@ -161,9 +190,7 @@ class TransportConnection(asyncio.Protocol, Connection):
     # Writing.
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._check_writable()
-        if self._output_ended:
-            raise RuntimeError(f"write to {self.peer} after write_eof")
+        self._check_output()
         # Transports may keep a reference to what they could not send yet, so mutable memory is copied.
         self.transport.write(data if isinstance(data, bytes) else bytes(data))
 
@@ -173,9 +200,51 @@ class TransportConnection(asyncio.Protocol, Connection):
             await self._more_room()
             self._check_writable()
 
+    async def write_from(self, buffers: Sequence[memoryview]) -> list[int]:
+        self._check_bulk()
+        self._check_output()
+        # What is written from here on would be sent among the buffers, so it is refused meanwhile.
+        self._bulk_writer = asyncio.get_running_loop().create_future()
+        try:
+            await self._all_sent()
+            return await self._send_buffers(buffers, self._bulk_writer)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        finally:
+            self._bulk_writer = None
+
+    @abstractmethod
+    async def _send_buffers(self, buffers: Sequence[memoryview], stop: asyncio.Future[None]) -> list[int]:
+        """Do what `write_from` says; the transport's own queue is empty, and `stop` is done after a loss."""
+
+    async def _all_sent(self) -> None:
+        """Wait until the transport's queue is empty."""
+        try:
+            while True:
+                self._check_writable()
+                self.transport.set_write_buffer_limits(high=0)  # "writing is paused" means "not all is sent"
+                if not self._writing_paused:
+                    return
+                await self._more_room()
+        finally:
+            if not self.transport.is_closing():
+                self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+
     def write_eof(self) -> None:
         self._check_writable()
+        self._refuse_during_bulk()
         self._end_output()
+
+    def _check_output(self) -> None:
+        self._check_writable()
+        if self._output_ended:
+            raise RuntimeError(f"write to {self.peer} after write_eof")
+        self._refuse_during_bulk()
+
+    def _refuse_during_bulk(self) -> None:
+        if self._bulk_writer is not None:
+            raise RuntimeError(f"write to {self.peer} while write_from sends: await its end first")
 
     def _end_output(self) -> None:
         if not self._output_ended:
@@ -206,6 +275,8 @@ class TransportConnection(asyncio.Protocol, Connection):
     # Ending.
 
     async def close(self) -> None:
+        if self._bulk_writer is not None:
+            self.abort()  # an orderly end in the middle of bulk bytes would look like all there was to send
         if self._state is _State.OPEN:
             self._leave("it was closed on this side")
             try:
@@ -243,8 +314,21 @@ class TransportConnection(asyncio.Protocol, Connection):
             self._reason = reason
         self._received.clear()
         self._resume_reading()
+        self._wake_everyone()
+
+    def _lose(self, reason: str) -> None:
+        """Bulk bytes met a loss that the transport has not told us of."""
+        if self._state is _State.OPEN:
+            self._state = _State.LOST
+            self._reason = reason
+        self._wake_everyone()
+        self.transport.abort()
+
+    def _wake_everyone(self) -> None:
         self._wake_reader()
         self._wake_writers()
+        if self._bulk_writer is not None and not self._bulk_writer.done():
+            self._bulk_writer.set_result(None)
 
     def _loss(self) -> ConnectionLost:
         return ConnectionLost(self.peer, self._reason)

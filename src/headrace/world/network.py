@@ -18,7 +18,7 @@ Linux's defaults); whoever must know sooner sends heartbeats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 UNIX_PREFIX = "unix:"
 
@@ -52,6 +52,7 @@ class Connection(ABC):
 
     One task reads at a time (a second concurrent read is a RuntimeError); any number may write and drain.
     Cancelling a pending `read`, `read_exactly` or `drain` loses nothing: the next call goes on where it was.
+    `write_from` and `read_into` are for bulk bytes, straight from and into the caller's memory.
     """
 
     peer: str
@@ -83,6 +84,31 @@ class Connection(ABC):
     @abstractmethod
     async def drain(self) -> None:
         """Wait until the queue of unsent bytes is below its high-water mark. Raises ConnectionLost."""
+
+    @abstractmethod
+    async def write_from(self, buffers: Sequence[memoryview]) -> list[int]:
+        """Send the buffers in order, after everything written before; return the checksum of each.
+
+        Buffers are contiguous, of any sizes, and may be reused when this returns: the operating system has
+        all bytes then, though the peer may not. It waits as long as the peer takes to accept them. Checksums
+        are CRC-32C on real sockets; a simulation has its own, and both ends of a connection have the same.
+
+        One task at a time, and nobody else may write meanwhile (RuntimeError). Raises ConnectionLost,
+        RuntimeError after `write_eof` and on an encrypted connection. When it is cancelled, or the connection
+        is closed or aborted meanwhile, the connection is aborted, and the call ends only when nothing reads
+        the buffers any more.
+        """
+
+    @abstractmethod
+    async def read_into(self, buffers: Sequence[memoryview]) -> list[int]:
+        """Fill the buffers in order with the next bytes of the stream; return each checksum as received.
+
+        Buffers are contiguous, writable and of any sizes. Counts as this connection's one reader. Raises
+        ConnectionLost, asyncio.IncompleteReadError when the stream ends before (its `partial` is empty: what
+        came is in the buffers, as it is after a loss), RuntimeError on an encrypted connection. When it is
+        cancelled the connection is aborted, since nobody could say where the stream stands: it is unusable
+        from then on. However the call ends, it does so only when nothing writes into the buffers any more.
+        """
 
     @abstractmethod
     def write_eof(self) -> None:

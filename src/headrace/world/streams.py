@@ -15,9 +15,11 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from headrace import _native
+from headrace.world import bulk
 from headrace.world.connection import HandlerTasks, TransportConnection
 from headrace.world.network import (
     UNIX_PREFIX,
@@ -129,6 +131,52 @@ class _SocketConnection(TransportConnection):
             with contextlib.suppress(OSError):  # the socket is gone: nothing left to reset
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         super().abort()
+
+    # Bulk bytes go past the transport.
+
+    def _check_bulk(self) -> None:
+        if isinstance(self.transport, TlsTransport):
+            raise RuntimeError(f"bulk bytes over TLS with {self.peer}: listen and connect with plain=True")
+
+    async def _send_buffers(self, buffers: Sequence[memoryview], stop: asyncio.Future[None]) -> list[int]:
+        pinned = _native.Bulk(buffers, False)
+        try:
+            await self._move(pinned, stop, sending=True)
+        finally:
+            checksums = pinned.finish()
+        return checksums
+
+    async def _fill_buffers(self, buffers: Sequence[memoryview]) -> list[int]:
+        total = sum(buffer.nbytes for buffer in buffers)
+        pinned = _native.Bulk(buffers, True)
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            self._pause_reading()
+            early = pinned.fill(bytes(self._received))
+            del self._received[:early]
+            if early < total and (
+                self._end_of_input()
+                or await self._move(pinned, self._reader, sending=False) == _native.BULK_ENDED
+            ):
+                self._end_input()
+                raise asyncio.IncompleteReadError(b"", total)
+        finally:
+            checksums = pinned.finish()
+            self._reader = None
+            self._resume_reading()
+        return checksums
+
+    async def _move(self, pinned: _native.Bulk, stop: asyncio.Future[None], *, sending: bool) -> int:
+        """Returns DONE or ENDED; everything else is a loss."""
+        sock = self.transport.get_extra_info("socket")
+        try:
+            status = await bulk.move(sock, pinned, sending=sending, stop=stop)
+        except OSError as error:
+            status = -(error.errno or errno.EIO)
+        if status in (_native.BULK_DONE, _native.BULK_ENDED):
+            return status
+        self._lose(os.strerror(-status).lower() if status < 0 else "it was given up")
+        raise self._loss()
 
 
 def _connections(

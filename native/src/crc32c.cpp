@@ -1,0 +1,130 @@
+// CRC-32C with the processor's instruction where there is one, byte by byte from a table elsewhere.
+//
+// The instruction takes one operand per cycle but answers three cycles later, so three neighbouring stretches are
+// worked on at once. Their remainders are put together by shifting: appending zero bytes is linear over GF(2), so
+// what a stretch of zeros does to a remainder is the XOR of what it does to each of its four bytes.
+#include "crc32c.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <nmmintrin.h>
+#define HEADRACE_CRC32C_HARDWARE __attribute__((target("sse4.2")))
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+#include <arm_acle.h>
+#define HEADRACE_CRC32C_HARDWARE
+#endif
+
+namespace headrace {
+namespace {
+
+struct ByteTable {
+  uint32_t entries[256];
+  ByteTable() {
+    for (uint32_t i = 0; i < 256; ++i) {
+      uint32_t crc = i;
+      for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0x82f63b78u : 0);
+      entries[i] = crc;
+    }
+  }
+};
+
+const ByteTable& byte_table() {
+  static const ByteTable table;
+  return table;
+}
+
+uint32_t update_table(uint32_t crc, const uint8_t* data, size_t size) {
+  const uint32_t* entries = byte_table().entries;
+  while (size--) crc = (crc >> 8) ^ entries[(crc ^ *data++) & 0xff];
+  return crc;
+}
+
+#ifdef HEADRACE_CRC32C_HARDWARE
+
+constexpr size_t kLong = 4096, kShort = 256;  // bytes of one of three stretches
+
+// What `bytes` zero bytes do to a remainder.
+struct Shift {
+  uint32_t entries[4][256];
+  explicit Shift(size_t bytes) {
+    uint32_t of_bit[32];
+    const uint32_t* table = byte_table().entries;
+    for (int bit = 0; bit < 32; ++bit) {
+      uint32_t crc = uint32_t{1} << bit;
+      for (size_t i = 0; i < bytes; ++i) crc = (crc >> 8) ^ table[crc & 0xff];
+      of_bit[bit] = crc;
+    }
+    for (int byte = 0; byte < 4; ++byte)
+      for (uint32_t value = 0; value < 256; ++value) {
+        uint32_t crc = 0;
+        for (int bit = 0; bit < 8; ++bit)
+          if (value >> bit & 1) crc ^= of_bit[8 * byte + bit];
+        entries[byte][value] = crc;
+      }
+  }
+  uint32_t operator()(uint32_t crc) const {
+    return entries[0][crc & 0xff] ^ entries[1][crc >> 8 & 0xff] ^ entries[2][crc >> 16 & 0xff] ^ entries[3][crc >> 24];
+  }
+};
+
+uint64_t word(const uint8_t* data) {
+  uint64_t value;
+  std::memcpy(&value, data, sizeof value);
+  return value;
+}
+
+HEADRACE_CRC32C_HARDWARE inline uint64_t step(uint64_t crc, uint64_t value) {
+#if defined(__x86_64__)
+  return _mm_crc32_u64(crc, value);
+#else
+  return __crc32cd(static_cast<uint32_t>(crc), value);
+#endif
+}
+
+HEADRACE_CRC32C_HARDWARE uint64_t three(uint64_t crc, const uint8_t*& data, size_t& size, size_t stretch,
+                                        const Shift& shift) {
+  while (size >= 3 * stretch) {
+    uint64_t first = crc, second = 0, third = 0;
+    for (const uint8_t* end = data + stretch; data < end; data += 8) {
+      first = step(first, word(data));
+      second = step(second, word(data + stretch));
+      third = step(third, word(data + 2 * stretch));
+    }
+    crc = shift(shift(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second)) ^ static_cast<uint32_t>(third);
+    data += 2 * stretch;
+    size -= 3 * stretch;
+  }
+  return crc;
+}
+
+HEADRACE_CRC32C_HARDWARE uint32_t update_hardware(uint32_t start, const uint8_t* data, size_t size) {
+  static const Shift of_long(kLong), of_short(kShort);
+  uint64_t crc = three(start, data, size, kLong, of_long);
+  crc = three(crc, data, size, kShort, of_short);
+  for (; size >= 8; data += 8, size -= 8) crc = step(crc, word(data));
+  return update_table(static_cast<uint32_t>(crc), data, size);
+}
+
+bool has_hardware() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("sse4.2");
+  return has;
+#else
+  return true;
+#endif
+}
+
+#endif
+
+}  // namespace
+
+uint32_t crc32c(uint32_t crc, const void* data, size_t size) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(data);
+#ifdef HEADRACE_CRC32C_HARDWARE
+  if (has_hardware()) return ~update_hardware(~crc, bytes, size);
+#endif
+  return ~update_table(~crc, bytes, size);
+}
+
+}  // namespace headrace
