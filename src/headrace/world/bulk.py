@@ -1,7 +1,7 @@
 """Bulk bytes over a socket: between its descriptor and the caller's memory, past transport and interpreter.
 
 In: a socket whose transport is quiet in the direction that is used, and memory pinned in a `_native.Bulk`.
-Out: the status with which the bytes stopped moving. It must not know connections or what a status means there.
+Out: the status with which the bytes stopped moving. It must not know connections.
 
 Threads move bytes only while bytes flow. When the peer is behind they go back to their pool and the event
 loop watches the socket, so a stalled peer costs neither a thread nor processor time. The socket is watched

@@ -120,6 +120,8 @@ class TransportConnection(asyncio.Protocol, Connection):
         while len(self._received) < n:
             if self._end_of_input():
                 raise asyncio.IncompleteReadError(self._take(len(self._received)), n)
+            if self._reader is not None:
+                raise self._two_readers()  # before the transport resumes: the other may be reading past it
             self._read_limit = max(READ_BUFFER_BYTES, n)
             try:
                 self._resume_reading()
