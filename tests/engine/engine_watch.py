@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 
 from headrace.engine import KVCache, Scheduler, SchedulerConfig, StepPlan
+from headrace.engine.intake import NO_PROGRESS
 from headrace.engine.sequence import Sequence, State
-from headrace.protocol.requests import GenerateRequest
+from headrace.protocol.handoff import Leg
+from headrace.protocol.requests import GenerateRequest, Progress
 
 
 class Violation(AssertionError):
@@ -28,9 +30,15 @@ class WatchedScheduler(Scheduler):
         self.arrival: dict[str, int] = {}
         self.found: dict[tuple[str, int], int] = {}  # what a sample found in the cache when it first started
 
-    def add(self, request: GenerateRequest) -> None:
+    def add(
+        self,
+        request: GenerateRequest,
+        progress: Progress = NO_PROGRESS,
+        leg: Leg = Leg.WHOLE,
+        offload_above: int = 0,
+    ) -> None:
         self.arrival[request.request_id] = len(self.arrival)
-        super().add(request)
+        super().add(request, progress, leg, offload_above)
 
     def urgency(self, sequence: Sequence) -> tuple[int, int, int]:
         """Who goes first: the more urgent, then the earlier, then the first sample."""

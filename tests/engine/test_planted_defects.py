@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from engine_scenarios import draw_scenario
 from engine_witness import play
 
-from headrace.engine import scheduler as scheduler_module
+from headrace.engine import intake
 from headrace.engine.blocks import BlockPool
 from headrace.engine.cache import GroupSpec, KVCache, PrefixHit
 from headrace.engine.plan import RowStart
@@ -115,7 +116,7 @@ def resume_without_the_last_token(patch: pytest.MonkeyPatch) -> None:
         kept = max(prompt_length, len(tokens) - 1)
         return RowStart(tokens=tokens[:kept], prompt_length=prompt_length, **rest)  # type: ignore[arg-type]
 
-    patch.setattr(scheduler_module, "RowStart", start)
+    patch.setattr(intake, "RowStart", start)
 
 
 def resume_with_the_old_length(patch: pytest.MonkeyPatch) -> None:
@@ -235,15 +236,15 @@ def preempt_the_first(patch: pytest.MonkeyPatch) -> None:
 def let_the_young_pass(patch: pytest.MonkeyPatch) -> None:
     real = Scheduler.add
 
-    def add(self: Scheduler, request: GenerateRequest) -> None:
+    def add(self: Scheduler, request: GenerateRequest, *how: Any) -> None:
         self._arrivals -= 2  # counts down: the last to arrive has the smallest rank
-        real(self, request)
+        real(self, request, *how)
 
     patch.setattr(Scheduler, "add", add)
 
 
 def give_all_samples_one_seed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scheduler_module, "sample_seed", lambda seed, index: seed)
+    patch.setattr(intake, "sample_seed", lambda seed, index: seed)
 
 
 def spend_over_budget(patch: pytest.MonkeyPatch) -> None:

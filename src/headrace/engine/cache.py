@@ -18,6 +18,7 @@ from hashlib import blake2b
 
 from headrace.engine.blocks import BlockPool
 from headrace.engine.sequence import Sequence
+from headrace.protocol.handoff import BlockSpan
 
 _DIGEST_BYTES = 16
 
@@ -103,6 +104,44 @@ class KVCache:
             sum(position // size - group.first_visible(position) // size + 1 for group in self.groups)
             for position in range(max(0, length - size), length)
         )
+
+    def identities(self, root: bytes, tokens: ReadOnlyList[int]) -> list[bytes]:
+        """The chained hash of each block that `tokens` touch, the last one perhaps of a part of a block."""
+        size, chain = self.block_size, []
+        parent = root
+        for start in range(0, len(tokens), size):
+            parent = self._chained(parent, tokens[start : start + size])
+            chain.append(parent)
+        return chain
+
+    def first_needed(self, length: int) -> list[int]:
+        """Per group, the first block that a query at position `length` sees."""
+        return [group.first_visible(length) // self.block_size for group in self.groups]
+
+    def visible_blocks(self, length: int) -> int:
+        """Blocks below position `length` that a query there sees, over all groups."""
+        return sum(-(-length // self.block_size) - first for first in self.first_needed(length))
+
+    def trim(self, hit: PrefixHit, length: int) -> PrefixHit:
+        """A hit without the blocks that a query at position `length` does not see."""
+        tables = [
+            [-1] * min(first, len(table)) + table[first:]
+            for first, table in zip(self.first_needed(length), hit.tables, strict=True)
+        ]
+        return PrefixHit(hit.length, tables)
+
+    def reserve(self, sequence: Sequence, hit: PrefixHit, length: int) -> list[BlockSpan]:
+        """Give a sequence all blocks that a query at position `length` sees: the trimmed `hit`, and new ones,
+        which are returned, to be filled from elsewhere. The caller has checked that there are enough."""
+        self.adopt(sequence, hit)
+        end = -(-length // self.block_size)
+        fill = []
+        for number, (first, table) in enumerate(zip(self.first_needed(length), sequence.tables, strict=True)):
+            table.extend([-1] * (min(first, end) - len(table)))
+            if len(table) < end:
+                fill.append(BlockSpan(number, len(table), self.pool.take(end - len(table))))
+                table.extend(fill[-1].blocks)
+        return fill
 
     def match(self, sequence: Sequence) -> PrefixHit:
         """The longest cached prefix that every group can continue from; holds nothing yet.
@@ -203,9 +242,12 @@ class KVCache:
         hashes = sequence.hashes
         parent = hashes[-1] if hashes else sequence.root
         for j in range(len(hashes), blocks):
-            content = array("I", sequence.tokens[j * size : (j + 1) * size]).tobytes()
-            parent = blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
+            parent = self._chained(parent, sequence.tokens[j * size : (j + 1) * size])
             hashes.append(parent)
+
+    def _chained(self, parent: bytes, tokens: ReadOnlyList[int]) -> bytes:
+        content = array("I", tokens).tobytes()
+        return blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
 
 
 def _identity(chained: bytes, group: int) -> bytes:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from headrace.engine.intake import NO_PROGRESS
 from headrace.engine.plan import Executor, StepPlan, StepResult
 from headrace.engine.scheduler import Scheduler
-from headrace.protocol.requests import GenerateRequest, SequenceOutput
+from headrace.protocol.handoff import HandoffEvent, Leg
+from headrace.protocol.requests import GenerateRequest, Progress, SequenceOutput
 
 
 class Engine:
@@ -32,11 +34,30 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether a step would do something: not while all that is here waits for `begin` or `release`."""
         return bool(self._in_flight) or self.scheduler.has_work
 
-    def add(self, request: GenerateRequest) -> None:
-        """Accept a request; a refusal is its ending, in the next outputs."""
-        self.scheduler.add(request)
+    def add(
+        self,
+        request: GenerateRequest,
+        progress: Progress = NO_PROGRESS,
+        leg: Leg = Leg.WHOLE,
+        offload_above: int = 0,
+    ) -> None:
+        """Accept a request, or one leg of its handoff; a refusal is its ending, in the next outputs."""
+        self.scheduler.add(request, progress, leg, offload_above)
+
+    def begin(self, request_id: str, imported: bool, generated: list[int]) -> None:
+        """Let an import run: its blocks are filled, or (not `imported`) never will be."""
+        self.scheduler.begin(request_id, imported, generated)
+
+    def release(self, request_id: str) -> None:
+        """Give back what is kept for the handoff of a leg; nothing touches its blocks any more."""
+        self.scheduler.release(request_id)
+
+    def take_handoffs(self) -> list[HandoffEvent]:
+        """What has happened to legs since the last call, in order."""
+        return self.scheduler.take_handoffs()
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one sample of it; unknown or ended ones are left alone."""

@@ -6,10 +6,13 @@ number of tokens there are.
 
 State      | enters it by                          | leaves it by
 -----------|---------------------------------------|------------------------------------------------
-BLOCKED    | arrives as sample 1.. of its request  | sample 0 has computed the prompt → WAITING
-WAITING    | arrives; or is preempted              | admitted → RUNNING; ended → ENDED
+BLOCKED    | arrives beside a first sample         | the first has computed the prompt → WAITING
+WAITING    | arrives; or is preempted              | admitted → RUNNING or IMPORTING; ended → ENDED
+IMPORTING  | given blocks to be filled, and no row | filled, and a row is free → RUNNING; not to be
+           |                                       | filled, or gives way → WAITING; ended → ENDED
 RUNNING    | given a row and blocks                | preempted → WAITING; ended → ENDED
-ENDED      | finished, cancelled or failed         | never
+ENDED      | finished, cancelled, failed; or its   | never
+           | prompt is held for another engine     |
 
 A sequence that leaves RUNNING while a step that names it is in flight keeps its row and blocks until that
 step is committed (`in_flight` falls to 0): only then may anything else write there.
@@ -20,14 +23,36 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from headrace.protocol.handoff import BlockSpan, Leg
 from headrace.protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs
 
 
 class State(enum.Enum):
     BLOCKED = enum.auto()
     WAITING = enum.auto()
+    IMPORTING = enum.auto()
     RUNNING = enum.auto()
     ENDED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Handoff:
+    """What a sequence owes a handoff, or is owed by one."""
+
+    leg: Leg
+    length: int
+    """Positions that travel: the tokens known when the leg began."""
+    offload_above: int = 0
+    """An import of at most so many uncached positions computes them itself."""
+    told: int = 0
+    """Positions that others were told they may read."""
+    spans: list[BlockSpan] = field(default_factory=list)
+    """Blocks that a transport may touch: those told of an export, those to be filled of an import."""
+    filled: bool = False
+    """An import waits for nothing but a row."""
+
+    def blocks(self) -> list[int]:
+        return [block for span in self.spans for block in span.blocks]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +70,11 @@ class Sequence:
     """Tokens that end it."""
     limit: int
     """Tokens, prompt included, at which it ends."""
+    leads: bool = True
+    """The other samples of its request wait for it to compute the prompt."""
+    reach: int = -1
+    """Positions that are computed at most: all but the last token that it may have, if not given."""
+    handoff: Handoff | None = None
 
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
@@ -69,10 +99,14 @@ class Sequence:
     """Prompt tokens found in the cache when first admitted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_done: bool = False
+    answered: bool = False
+    """There was an output here."""
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.prompt)
+        if self.reach < 0:
+            self.reach = self.limit - 1
 
     @property
     def params(self) -> SamplingParams:

@@ -90,6 +90,15 @@ class HashExecutor(Executor):
         self._in_flight: deque[_InFlight] = deque()
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: `block_size` values of 8."""
+        return self.block_size * self.values.itemsize
+
+    def memory(self) -> memoryview:
+        """The bytes of all blocks, to be read and written: block i begins at i * block_bytes."""
+        return self.values.reshape(-1).view(np.uint8).data
+
+    @property
     def blocks_being_written(self) -> frozenset[int]:
         """Blocks that a step in flight writes: nobody may read them yet."""
         return frozenset().union(*(step.written for step in self._in_flight))
@@ -255,10 +264,17 @@ def hash_engine(
     groups: Sequence[GroupSpec] = (GroupSpec(),),
     step_s: float = 0.0,
     token_s: float = 0.0,
+    key: bytes = b"",
+    fingerprint: bytes = b"",
 ) -> Engine:
-    """A whole engine on a `HashExecutor` whose depth is `config.steps_in_flight`."""
+    """A whole engine on a `HashExecutor` whose depth is `config.steps_in_flight`.
+
+    Engines of equal `key` and `fingerprint` name equal blocks equally.
+    """
     model = HashModel(config.vocab_size, config.eos_token_ids, tuple(groups))
-    cache = KVCache(num_blocks=num_blocks, block_size=block_size, groups=model.groups)
+    cache = KVCache(
+        num_blocks=num_blocks, block_size=block_size, groups=model.groups, fingerprint=fingerprint, key=key
+    )
     executor = HashExecutor(
         model,
         num_blocks=num_blocks,
