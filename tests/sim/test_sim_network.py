@@ -339,6 +339,79 @@ async def test_a_break_after_a_negative_number_of_bytes_is_refused(pair: Pair) -
         pair.network.break_connections("a", "b", after_bytes=-1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("place", [0, 1, 65_535, 65_536, 99_999, 100_000, 299_999])
+def test_a_corrupted_byte(place: int, seed: int) -> None:
+    async def main(simulation: Simulation) -> None:
+        pair = Pair(simulation)
+        await pair.open()
+        pair.a.write(b"before")
+        await pair.b.read_exactly(6)
+        simulation.network.corrupt("a", "b", after_bytes=place)
+        pair.b.write(b"not counted")
+        data = random.Random(place).randbytes(300_000)
+        memory = [bytearray(100_000), bytearray(200_000)]
+        sent, received = await asyncio.gather(
+            pair.a.write_from([memoryview(data)[:100_000], memoryview(data)[100_000:]]),
+            pair.b.read_into([memoryview(piece) for piece in memory]),
+        )
+        got = b"".join(memory)
+        assert [i for i in range(len(data)) if got[i] != data[i]] == [place]
+        assert [x == y for x, y in zip(sent, received, strict=True)] == [place >= 100_000, place < 100_000]
+        pair.a.write(data)
+        assert await pair.b.read_exactly(len(data)) == data, "it happens once"
+        assert await pair.a.read_exactly(11) == b"not counted"
+
+    run(main, seed=seed)
+
+
+@scenario(seeds=[0])
+async def test_corruption_before_the_first_byte_is_refused(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="negative"):
+        pair.network.corrupt("a", "b", after_bytes=-1)
+
+
+@pytest.mark.parametrize("cut", [1, 65_537, 99_999, 150_000])
+def test_a_break_in_the_middle_of_bulk_bytes_leaves_what_came(cut: int) -> None:
+    async def main(simulation: Simulation) -> None:
+        pair = Pair(simulation)
+        await pair.open()
+        simulation.network.break_connections("a", "b", after_bytes=cut)
+        memory = bytearray(200_000)
+        writing = asyncio.create_task(pair.a.write_from([memoryview(b"\1" * 400_000)]))
+        with pytest.raises(ConnectionLost):
+            await pair.b.read_into([memoryview(memory)])
+        with pytest.raises(ConnectionLost):
+            await writing
+        assert memory == b"\1" * cut + bytes(len(memory) - cut)
+
+    run(main, seed=cut)
+
+
+@scenario
+async def test_bulk_bytes_wait_for_the_end_of_a_partition(pair: Pair) -> None:
+    memory = bytearray(600_000)
+    pair.network.partition("a", "b")
+    writing = asyncio.create_task(pair.a.write_from([memoryview(b"\1" * len(memory))]))
+    reading = asyncio.create_task(pair.b.read_into([memoryview(memory)]))
+    await asyncio.sleep(TIMEOUT_S / 2)
+    assert not writing.done()
+    assert not any(memory)
+    pair.network.heal("a", "b")
+    assert await reading == await writing
+    assert all(memory)
+
+
+@scenario(link=EXACT)
+async def test_bulk_bytes_take_the_link_s_time(pair: Pair) -> None:
+    memory = bytearray(200_000)
+    began = now()
+    await asyncio.gather(
+        pair.a.write_from([memoryview(bytes(len(memory)))]), pair.b.read_into([memoryview(memory)])
+    )
+    assert now() - began == pytest.approx(1.2, abs=0.01)
+
+
 # Crashes.
 
 

@@ -323,6 +323,8 @@ class TransportConnection(asyncio.Protocol, Connection):
         if self._state is _State.OPEN:
             self._state = _State.LOST
             self._reason = reason
+            # The kernel tells of a reset once; to the transport, which asked second, it was the stream's end.
+            self._input_ended = False
         self._wake_everyone()
         self.transport.abort()
 
