@@ -324,7 +324,7 @@ def test_a_lone_sequence_waits_for_blocks_that_an_import_holds() -> None:
 
 
 @pytest.mark.parametrize("ended", [[], [0], [1]])
-@pytest.mark.parametrize("split", range(0, 12))
+@pytest.mark.parametrize("split", range(12))
 def test_a_replay_goes_on_where_it_was(split: int, ended: list[int]) -> None:
     async def body() -> None:
         b = Side(engine(groups=MIXED))
