@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
-from api_house import ApiHouse
+import pytest
+from api_house import VOCAB_SIZE, ApiHouse
+from house import EngineShape
 from prometheus_client.parser import text_string_to_metric_families
+
+from headrace.cluster import OutputStream
+from headrace.protocol.messages import Cancel
 
 
 def sample(text: str, name: str, **labels: str) -> float:
@@ -45,3 +52,45 @@ def test_the_numbers_after_a_known_load() -> None:
         house.start_worker()
         assert http.post("/v1/completions", json=body).status_code == 200
         assert sample(http.get("/metrics").text, "headrace:prefix_cache_queries_total") == 160
+
+
+@pytest.mark.parametrize("asked", [{}, {"stream": True}, {"n": 2}, {"n": 2, "stream": True}])
+def test_what_a_stop_string_ends_counts_as_stop_and_is_cancelled_once(asked: dict[str, Any]) -> None:
+    shape = EngineShape(max_model_len=4000, vocab_size=VOCAB_SIZE, num_blocks=2000, step_s=0.005)
+    with ApiHouse(shape) as house, httpx.Client(base_url=house.url) as http:
+        prompt, n = [300, 301], asked.get("n", 1)
+        stop = house.tokenizer.decode(house.expected(prompt, max_tokens=8, ignore_eos=True).tokens[6:8])
+        cancels: list[Cancel] = []
+        post = house.gateway._post
+
+        def counted(channel: Any, message: Any) -> None:
+            if isinstance(message, Cancel):
+                cancels.append(message)
+            post(channel, message)
+
+        house.gateway._post = counted  # type: ignore[method-assign]
+        body = {"prompt": prompt, "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stop": stop}
+        answer = http.post("/v1/completions", json={**body, **asked})
+        assert answer.text.count('"finish_reason":"stop"') == n
+        house.assert_quiet()
+        text = http.get("/metrics").text
+        counts = {
+            reason: sample(text, "headrace:request_success_total", finished_reason=reason)
+            for reason in ("stop", "abort", "length", "error")
+        }
+        assert counts == {"stop": n, "abort": 0, "length": 0, "error": 0}
+        for name in ("decode_time_seconds", "time_per_output_token_seconds", "inference_time_seconds"):
+            assert sample(text, f"headrace:request_{name}_count") == n
+        assert sorted(cancel.index or 0 for cancel in cancels) == list(range(n))
+
+
+def test_a_client_that_leaves_takes_no_complete_sample_with_it() -> None:
+    """One sample is complete by its stop string, the other is left: a stop and an abort, one Cancel each."""
+    ended: list[str] = []
+    stream = OutputStream(
+        [("r", 0), ("r", 1), ("s", 0), ("s", 1)],
+        lambda request_id, index, counts_as: ended.append(f"{request_id} {index} {counts_as}"),
+    )
+    stream.complete("r", 1)
+    stream.close()
+    assert ended == ["r 1 stop", "r 0 cancelled", "s None cancelled"]

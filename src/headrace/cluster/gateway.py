@@ -302,7 +302,8 @@ class Gateway:
             return
         if index is None or index in accepted.samples:
             for each in accepted.samples if index is None else (index,):
-                accepted.samples[each].counts_as = counts_as
+                if accepted.samples[each].counts_as is not FinishReason.STOP:  # complete is complete
+                    accepted.samples[each].counts_as = counts_as
             self._post(self._channel, Cancel(request_id, index))
 
     def _post_all(self, channel: Channel[FromWorker], requests: Sequence[GenerateRequest]) -> None:

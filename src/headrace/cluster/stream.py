@@ -26,6 +26,7 @@ class OutputStream:
     ) -> None:
         """`cancel` ends a request or one sample of it, to be counted as the reason it is given."""
         self._open = dict.fromkeys(samples)  # in order: what is left to end
+        self._completed: set[SampleKey] = set()  # of those: what its reader has ended as complete
         self._arrived: dict[SampleKey, list[SequenceOutput]] = {}
         self._cancel = cancel
         self._reader: asyncio.Future[None] | None = None
@@ -60,16 +61,20 @@ class OutputStream:
 
     def complete(self, request_id: str, index: int) -> None:
         """End a sample that its reader has found to be complete, as by a stop string; like `cancel` else."""
+        self._completed.add((request_id, index))
         self._cancel(request_id, index, FinishReason.STOP)
 
     def close(self) -> None:
-        """Stop reading: drop what has arrived, cancel what has not ended. Idempotent."""
+        """Stop reading: drop what has arrived, cancel what has neither ended nor is complete. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._arrived.clear()
-        for request_id in dict.fromkeys(request_id for request_id, _ in self._open):
-            self._cancel(request_id, None, FinishReason.CANCELLED)
+        partly = {request_id for request_id, _ in self._completed}
+        cancelled = ((r, index if r in partly else None) for r, index in self._open)
+        for request_id, one in dict.fromkeys(cancelled):
+            if (request_id, one) not in self._completed:
+                self._cancel(request_id, one, FinishReason.CANCELLED)
         self._wake()
 
     # ---- for the gateway -----------------------------------------------------------------------------
