@@ -86,10 +86,14 @@ HEADRACE_CRC32C_HARDWARE uint64_t three(uint64_t crc, const uint8_t*& data, size
                                         const Shift& shift) {
   while (size >= 3 * stretch) {
     uint64_t first = crc, second = 0, third = 0;
-    for (const uint8_t* end = data + stretch; data < end; data += 8) {
-      first = step(first, word(data));
-      second = step(second, word(data + stretch));
-      third = step(third, word(data + 2 * stretch));
+    for (const uint8_t* end = data + stretch; data < end;) {
+      // The next three stretches come from memory meanwhile; left alone, prefetchers stop at every page.
+      for (size_t i = 0; i < 3; ++i) __builtin_prefetch(data + (3 + i) * stretch);
+      for (const uint8_t* line = data + 64; data < line; data += 8) {
+        first = step(first, word(data));
+        second = step(second, word(data + stretch));
+        third = step(third, word(data + 2 * stretch));
+      }
     }
     crc = shift(shift(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second)) ^ static_cast<uint32_t>(third);
     data += 2 * stretch;
