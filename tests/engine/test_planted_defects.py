@@ -16,9 +16,7 @@ import pytest
 from engine_scenarios import draw_scenario
 from engine_witness import play
 
-from headrace.engine import intake
-from headrace.engine import scheduler as scheduler_module
-from headrace.engine import scheduler as scheduler_module
+from headrace.engine import intake, planner
 from headrace.engine.blocks import BlockPool
 from headrace.engine.cache import GroupSpec, KVCache, PrefixHit
 from headrace.engine.plan import RowStart
@@ -118,7 +116,7 @@ def resume_without_the_last_token(patch: pytest.MonkeyPatch) -> None:
         kept = max(prompt_length, len(tokens) - 1)
         return RowStart(tokens=tokens[:kept], prompt_length=prompt_length, **rest)  # type: ignore[arg-type]
 
-    patch.setattr(scheduler_module, "RowStart", start)
+    patch.setattr(planner, "RowStart", start)
 
 
 def resume_with_the_old_length(patch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The engine's core: which tokens of which request run in the next step, and in which KV blocks.
 
 Pure Python, no torch, no clock, no I/O. It reads top to bottom: `limits`, `options`, `sequence`, `queue`,
-`blocks`, `cache`, `plan`, `scheduler`, `engine`.
+`blocks`, `cache`, `handoff`, `intake`, `plan`, `lifecycle`, `planner`, `scheduler`, `engine`.
 """
 
 from headrace.engine.cache import GroupSpec, KVCache

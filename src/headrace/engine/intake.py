@@ -131,6 +131,11 @@ def new_sequences(
     return sequences
 
 
+def shared_salt(request: GenerateRequest) -> str:
+    """The salt of blocks that all requests of a tenant share."""
+    return f"shared:{request.cache_salt}"
+
+
 def out_of_blocks(sequence: Sequence, cache: KVCache) -> Finish:
     """The ending of a sequence that cannot go on though nobody else holds a block."""
     return Finish(
