@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import openai
 import pytest
 from api_house import EOS, SEPARATOR, ApiHouse
+
+from headrace.api.logprobs import completion_logprobs
+from headrace.protocol.requests import TokenLogprobs
 
 PROMPT = "Once upon a time"
 
@@ -193,12 +198,49 @@ def test_logprobs_name_each_token_and_where_it_lies(
     assert choice.logprobs is not None
     assert choice.logprobs.token_logprobs == pytest.approx([entry.logprob for entry in alone.logprobs])
     assert choice.logprobs.tokens is not None
-    assert "".join(choice.logprobs.tokens) == choice.text
+    in_part = [token.startswith("bytes:") for token in choice.logprobs.tokens]
+    names = [name for name, part in zip(choice.logprobs.tokens, in_part, strict=True) if not part]
+    assert "".join(names) == choice.text.replace("\N{REPLACEMENT CHARACTER}", "")
     assert choice.logprobs.text_offset is not None
-    for offset, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
-        assert choice.text[offset:].startswith(token)
+    for offset, token, part in zip(choice.logprobs.text_offset, choice.logprobs.tokens, in_part, strict=True):
+        assert part or choice.text[offset:].startswith(token)
     assert choice.logprobs.top_logprobs is not None
     assert all(3 <= len(top) <= 4 for top in choice.logprobs.top_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_characters_are_named_by_their_bytes(
+    house: ApiHouse, http: httpx.Client, stream: bool
+) -> None:
+    prompt = house.tokenizer.encode("é\U0001f600")
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 12, "logprobs": 20, "echo": True}
+    (choice,) = ask(http, {**body, "ignore_eos": True, "stream": stream})
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith("é\U0001f600")
+    parts = [f"bytes:\\x{byte:02x}" for byte in "é\U0001f600".encode()]
+    assert logprobs["tokens"][:6] == parts == [r"bytes:\xc3", r"bytes:\xa9", *parts[2:]]
+    assert logprobs["text_offset"][:6] == [0, 0, 1, 1, 1, 1]
+    alone = house.expected(prompt, max_tokens=12, logprobs=20, prompt_logprobs=20, ignore_eos=True)
+    several = 0
+    told = (*alone.prompt_logprobs, *alone.logprobs)
+    for entry, found in zip(told, logprobs["top_logprobs"][1:], strict=True):
+        known = dict([*entry.top, (entry.token, entry.logprob)])
+        assert sorted(found.values()) == pytest.approx(sorted(known.values()))
+        several += sum(name.startswith("bytes:") for name in found)
+    assert several > len(told), "the model names too few parts of characters to tell"
+
+
+def test_of_two_tokens_with_one_name_the_more_likely_is_kept_and_the_chosen_always() -> None:
+    class Twins:
+        def token_bytes(self, token: int) -> bytes:
+            return b"same" if token < 3 else b"other"
+
+    tokenizer: Any = Twins()
+    top = [(1, -0.5), (2, -1.0), (3, -1.5)]
+    likely = TokenLogprobs(3, -1.5, 3, top)
+    chosen = TokenLogprobs(0, -9.0, 9, top)
+    found = completion_logprobs(tokenizer, [likely, chosen], [3, 0], ["other", "same"], 0)["top_logprobs"]
+    assert found == [{"same": -0.5, "other": -1.5}, {"same": -9.0, "other": -1.5}]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -86,16 +86,18 @@ class _Choices:
 
     def add(self, choice: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
         """The text and logprobs that a piece adds to a choice, the echoed prompt before its first."""
-        text, entries, texts = ("", [], []) if self.prompt_only else _parts(piece)
+        text, entries, tokens, texts = ("", [], [], []) if self.prompt_only else _parts(piece)
         if self._echo and not self._begun[choice]:
-            prompt_text, prompt_entries, prompt_texts = self._prompt(choice // self._n)
+            number = choice // self._n
+            prompt_text, prompt_entries, prompt_texts = self._prompt(number)
             text, entries, texts = prompt_text + text, prompt_entries + entries, prompt_texts + texts
+            tokens = self._generation.prompts[number] + tokens
         self._begun[choice] = True
         offset = self._offsets[choice]
         self._offsets[choice] += len(text)
         if not self._with_logprobs:
             return text, None
-        return text, completion_logprobs(self._tokenizer, entries, texts, offset)
+        return text, completion_logprobs(self._tokenizer, entries, tokens, texts, offset)
 
     def finish_reason(self, sample: Sample) -> str | None:
         return "length" if self.prompt_only and sample.finish_reason is not None else sample.finish_reason
@@ -135,8 +137,8 @@ class _Choices:
         return "".join(texts), entries, texts
 
 
-def _parts(piece: Piece) -> tuple[str, list[TokenLogprobs | None], list[str]]:
-    return piece.text, [*piece.logprobs], piece.token_texts
+def _parts(piece: Piece) -> tuple[str, list[TokenLogprobs | None], list[int], list[str]]:
+    return piece.text, [*piece.logprobs], [entry.token for entry in piece.logprobs], piece.token_texts
 
 
 async def _whole(server: Server, request: Request, generation: Generation, choices: _Choices) -> Response:

@@ -20,6 +20,16 @@ def _spelling(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.token_bytes(token).decode(errors="replace")
 
 
+def completion_spelling(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text completions name it: one that is only part of a character by its bytes, as OpenAI's did
+    (`bytes:\\xf0\\x9f`), since all of those would have the same replacement character for a name."""
+    spelled = tokenizer.token_bytes(token)
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """The `logprobs` object of a chat choice or chunk."""
 
@@ -42,30 +52,39 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | None], texts: Sequence[str], offset: int
+    tokenizer: Tokenizer,
+    entries: Sequence[TokenLogprobs | None],
+    tokens: Sequence[int],
+    texts: Sequence[str],
+    offset: int,
 ) -> dict[str, Any]:
     """The `logprobs` object of a text choice or chunk.
 
-    `texts` is what each token adds to the choice's text, `offset` where in it the first one begins. An entry
-    of None is a prompt's first token, which nothing predicts. The alternatives include the chosen token.
+    `texts` is what each of `tokens` adds to the choice's text, `offset` where in it the first one begins. An
+    entry of None is a prompt's first token, which nothing predicts. The alternatives include the chosen
+    token.
     """
+
+    def alternatives(entry: TokenLogprobs) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, logprob in entry.top:  # the most likely first: it keeps a name that two have
+            found.setdefault(completion_spelling(tokenizer, token), _finite(logprob))
+        found[completion_spelling(tokenizer, entry.token)] = _finite(entry.logprob)
+        return found
+
+    def name(token: int, text: str) -> str:
+        spelled = completion_spelling(tokenizer, token)
+        return spelled if spelled.startswith("bytes:") else text
+
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
     return {
         "text_offset": offsets,
-        "tokens": list(texts),
+        "tokens": list(map(name, tokens, texts)),
         "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
-        "top_logprobs": [
-            None
-            if entry is None
-            else {
-                _spelling(tokenizer, token): _finite(logprob)
-                for token, logprob in [*entry.top, (entry.token, entry.logprob)]
-            }
-            for entry in entries
-        ],
+        "top_logprobs": [None if entry is None else alternatives(entry) for entry in entries],
     }
 
 
