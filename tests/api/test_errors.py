@@ -57,13 +57,16 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
             "messages[0].content[0].type",
             "text parts only",
         ),
-        (CHAT, {**HELLO, "temperature": "warm"}, "temperature", "valid number"),
+        (CHAT, {**HELLO, "temperature": "warm"}, "temperature", "valid number, got the text 'warm'"),
         (CHAT, {**HELLO, "temperature": -1}, "temperature", "from 0.0 to 100.0"),
         (CHAT, {**HELLO, "top_p": 0}, "top_p", "above 0"),
         (CHAT, {**HELLO, "n": 0}, "n", "from 1 to 64"),
         (CHAT, {**HELLO, "n": 1.5}, "n", "integer"),
         (CHAT, {**HELLO, "n": True}, "n", "integer"),
         (CHAT, {**HELLO, "max_tokens": 0}, "max_tokens", "must be at least 1, got 0"),
+        (CHAT, {**HELLO, "max_tokens": "8"}, "max_tokens", "an integer of at least 1, got the text '8'"),
+        (CHAT, {**HELLO, "max_completion_tokens": 0.5}, "max_completion_tokens", "got the number 0.5"),
+        (CHAT, {**HELLO, "max_tokens": True}, "max_tokens", "integer of at least 1, got true"),
         (CHAT, {**HELLO, "max_completion_tokens": -5}, "max_tokens", "must be at least 1, got -5"),
         (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens", "must be at least 1"),
         (
@@ -125,10 +128,18 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {}, "prompt", "required"),
         (TEXT, {"prompt": ""}, "prompt", "no tokens"),
         (TEXT, {"prompt": []}, "prompt", "empty"),
-        (TEXT, {"prompt": [5, "a"]}, "prompt", "valid"),
+        (TEXT, {"prompt": [5, "a"]}, "prompt", "prompt[1] is the text 'a': texts and token ids are mixed"),
+        (TEXT, {"prompt": ["a", [1]]}, "prompt", "prompt[1] is an array: texts and token ids are mixed"),
+        (TEXT, {"prompt": ["a", 1]}, "prompt", "prompt[1] is the number 1: texts and token ids are mixed"),
+        (TEXT, {"prompt": [[5], [6, "a"]]}, "prompt", "prompt[1][1] is the text 'a': texts and token ids"),
+        (TEXT, {"prompt": [[5], 6]}, "prompt", "prompt[1] is the number 6: texts and token ids are mixed"),
+        (TEXT, {"prompt": [True]}, "prompt", "prompt[0] is true; send a text, an array of texts"),
+        (TEXT, {"prompt": [1, None]}, "prompt", "prompt[1] is null; send a text"),
+        (TEXT, {"prompt": {"a": 1}}, "prompt", "got an object; send a text"),
         (TEXT, {"prompt": [[5], []]}, "prompt", "no tokens"),
-        (TEXT, {"prompt": [5, 1000]}, "prompt", "outside the vocabulary of 1000"),
-        (TEXT, {"prompt": [5, -1]}, "prompt", "outside the vocabulary"),
+        (TEXT, {"prompt": [5, 1000]}, "prompt[1]", "prompt[1] is the number 1000, outside the vocabulary of"),
+        (TEXT, {"prompt": [5, 6, 7, -1]}, "prompt[3]", "outside the vocabulary of 1000"),
+        (TEXT, {"prompt": [[5], [5, 10**30]]}, "prompt[1][1]", "outside the vocabulary of 1000"),
         (TEXT, {"prompt": [1] * 512}, "prompt", "the limit is 511"),
         (TEXT, {"prompt": ["a"] * 257}, "prompt", "the limit is 256"),
         (TEXT, {"prompt": ["a"] * 200, "n": 64}, "n", "at once"),
@@ -136,7 +147,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {"prompt": "a", "best_of": 3}, "best_of", "not served"),
         (TEXT, {"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens", "from 0 to 3"),
         (TEXT, {"prompt": "a", "stop_token_ids": [1000]}, "stop_token_ids", "outside the vocabulary"),
-        (TEXT, {"prompt": "a", "top_k": -2}, "top_k", "at least 0"),
+        (TEXT, {"prompt": "a", "top_k": -2}, "top_k", "at least 0, or -1 to keep all, got the number -2"),
     ],
 )
 def test_the_field_and_its_limit_are_named(
@@ -161,9 +172,21 @@ def test_bodies_that_are_no_object(http: httpx.Client) -> None:
     assert "Content-Type is not given" in error_of(http.post(CHAT, content=b"{}"), 400)["message"]
     as_form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert "'application/x-www" in error_of(http.post(CHAT, content=b"{}", headers=as_form), 400)["message"]
-    error_of(http.post(CHAT, headers=as_json), 400)
-    error_of(http.post(CHAT, content=b"[" * 100_000, headers=as_json), 400)
-    error_of(http.post(CHAT, content=b'{"messages": "\xff"}', headers=as_json), 400)
+    for content, words in (
+        (b"", "the body is empty; send a JSON object"),
+        (b"[" * 100_000, "nested too deeply: the limit is below"),
+        (b'{"a": [' + b"9" * 5000 + b"]}", "an integer of more than 4300 digits at position 7"),
+        (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at position 14"),
+    ):
+        error = error_of(http.post(CHAT, content=content, headers=as_json), 400)
+        assert words in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_probe_may_ask_for_the_head_alone(http: httpx.Client, path: str) -> None:
+    whole, head = http.get(path), http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
 
 
 def test_nothing_there(http: httpx.Client) -> None:
@@ -216,8 +239,9 @@ def test_full_dead_restarted_and_draining() -> None:
         for status, text in asyncio.run(hold(house)):
             assert status == 503
             assert "send it again" in text
-        assert httpx.get(f"{house.url}/health").status_code == 503
-        assert httpx.get(f"{house.url}/ready").status_code == 503
+        for path in ("/health", "/ready"):
+            assert httpx.get(house.url + path).status_code == 503
+            assert httpx.head(house.url + path).status_code == 503
         error = error_of(httpx.post(house.url + CHAT, json=HELLO), 503)
         assert error["type"] == "service_unavailable_error"
         assert "started again" in error["message"]

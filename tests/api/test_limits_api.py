@@ -89,6 +89,64 @@ def test_a_large_body_is_refused_before_it_is_sent(strict: ApiHouse) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def raw_answer(house: ApiHouse, *parts: bytes) -> tuple[bytes, float]:
+    """All that comes back for what is sent, until the server closes without a reset, and after how long."""
+    with socket.create_connection(("127.0.0.1", house.port), timeout=10) as connection:
+        began = time.monotonic()
+        for part in parts:
+            connection.sendall(part)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+        return answer, time.monotonic() - began
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+WITH_KEY = b"Authorization: Bearer k1\r\n"
+
+
+def test_the_rest_of_a_large_body_without_a_length_is_drained(strict: ApiHouse) -> None:
+    """Else the close would be a reset, which takes the answer with it."""
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    parts = [HEAD + WITH_KEY + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 200, b"0\r\n\r\n"]
+    answer, _ = raw_answer(strict, *parts)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.count(b"body_too_large") == 1
+
+
+@pytest.mark.parametrize("more", [b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n"])
+@pytest.mark.parametrize("idempotent", [b"", b"Idempotency-Key: stuck\r\n"])
+def test_a_body_that_stops_coming_is_a_408_and_the_connection_is_closed(
+    strict: ApiHouse, monkeypatch: pytest.MonkeyPatch, more: bytes, idempotent: bytes
+) -> None:
+    monkeypatch.setattr("headrace.api.bodies.BODY_GAP_S", 0.2)
+    monkeypatch.setattr("headrace.api.bodies.LINGER_S", 0.1)
+    answer, took_s = raw_answer(strict, HEAD + WITH_KEY + idempotent + more)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in head.lower()
+    assert b"x-should-retry" not in head.lower()
+    error = json.loads(body)["error"]
+    assert error["code"] == "body_incomplete"
+    assert "none for 0.2 s" in error["message"]
+    assert 0.2 <= took_s < 2
+
+
+def test_who_has_no_key_holds_no_connection_with_a_body_either(
+    strict: ApiHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.api.bodies.LINGER_S", 0.1)
+    answer, took_s = raw_answer(strict, HEAD + b"Content-Length: 100\r\n\r\n{")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"connection: close" in answer.lower()
+    assert took_s < 2
+
+
+def test_a_refusal_of_a_body_that_is_there_keeps_the_connection(strict: ApiHouse) -> None:
+    with httpx.Client(base_url=strict.url) as http:
+        assert "connection" not in http.post(TEXT, json={"prompt": "a"}).headers
+
+
 def test_a_long_text_is_refused_before_it_is_tokenised(keyed: httpx.Client) -> None:
     for path, body, field in (
         (TEXT, {"prompt": "a" * 101}, "prompt"),
@@ -108,15 +166,42 @@ def test_pages_of_the_named_origin_may_call_and_no_others(strict: ApiHouse, http
     allowed = httpx.options(strict.url + CHAT, headers={"Origin": ORIGIN, **ask})
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
-    assert "Authorization" in allowed.headers["access-control-allow-headers"]
+    assert allowed.headers["access-control-allow-headers"] == "authorization"
     refused = httpx.options(strict.url + CHAT, headers={"Origin": "https://other.example", **ask})
     assert "access-control-allow-origin" not in refused.headers
+    assert "'https://other.example' may not call" in error_of(refused, 400)["message"]
+    ask["Access-Control-Request-Method"] = "DELETE"
+    refused = httpx.options(strict.url + CHAT, headers={"Origin": ORIGIN, **ask})
+    assert "GET and POST" in error_of(refused, 400)["message"]
     # An error can be read by the page as well.
     assert httpx.get(f"{strict.url}/v1/models", headers={"Origin": ORIGIN}).headers[
         "access-control-allow-origin"
     ]
     answer = http.get("/health", headers={"Origin": ORIGIN})  # a server where none was named
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_pages_may_send_what_client_libraries_send_and_read_what_they_look_for(strict: ApiHouse) -> None:
+    asked = "authorization,content-type,openai-organization,openai-project,x-stainless-arch,x-stainless-os"
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
+    allowed = httpx.options(strict.url + CHAT, headers={"Origin": ORIGIN, **ask})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-headers"] == asked
+    answer = httpx.get(f"{strict.url}/health", headers={"Origin": ORIGIN})
+    exposed = set(answer.headers["access-control-expose-headers"].split(", "))
+    assert exposed == {"Retry-After", "Idempotent-Replayed", "X-Should-Retry"}
+
+
+def test_an_answer_is_replayed_to_the_origin_that_asks(keyed: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "page"}
+    first = keyed.post(TEXT, json={"prompt": "a", "max_tokens": 1}, headers={**headers, "Origin": ORIGIN})
+    assert first.headers["vary"] == "Origin"
+    again = keyed.post(TEXT, json={"prompt": "a", "max_tokens": 1}, headers={**headers, "Origin": ORIGIN})
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.headers["vary"] == "Origin"
+    program = keyed.post(TEXT, json={"prompt": "a", "max_tokens": 1}, headers=headers)
+    assert program.headers["idempotent-replayed"] == "true"
+    assert "access-control-allow-origin" not in program.headers
 
 
 # ---- deadlines ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The application: all routes with one form of error, and the doors that a request passes on its way to them.
 
-From the outside in: origins (CORS), the body's limit, the key, idempotency. Each is plain ASGI and leaves the
-messages of a running stream alone.
+From the outside in: origins (CORS), the body's limits, the key, idempotency. Each is plain ASGI and leaves
+the messages of a running stream alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from headrace import __version__
 from headrace.api.access import KeyRequired
@@ -18,15 +17,12 @@ from headrace.api.chat import chat_routes
 from headrace.api.completions import completion_routes
 from headrace.api.document import openapi_of
 from headrace.api.errors import install_error_handlers
-from headrace.api.idempotency import HEADER, Idempotency
+from headrace.api.idempotency import Idempotency
 from headrace.api.lifecycle import lifecycle_routes, model_routes
+from headrace.api.origins import NamedOrigins
 from headrace.api.quota import KeyRing
 from headrace.api.served import Server
-from headrace.api.terms import TIMEOUT_HEADER
 from headrace.api.tokenize import tokenize_routes
-
-_CORS_HEADERS = ("Authorization", "Content-Type", HEADER, TIMEOUT_HEADER)
-_EXPOSED_HEADERS = ("Retry-After", "Idempotent-Replayed")
 
 
 def create_app(server: Server) -> FastAPI:
@@ -41,12 +37,6 @@ def create_app(server: Server) -> FastAPI:
         app.add_middleware(KeyRequired, keys=KeyRing(options.keys, time.monotonic))
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     if options.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=_CORS_HEADERS,
-            expose_headers=_EXPOSED_HEADERS,
-        )
+        app.add_middleware(NamedOrigins, origins=options.cors_origins)
     app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]
     return app

@@ -1,14 +1,17 @@
-"""Keeps bodies within a limit, before they are read whole.
+"""Keeps bodies within a limit of size, before they are read whole, and of time.
 
-In: every HTTP request. Out: the same, or a 413. One layer around the application; it sees the messages that
-come in and none that go out, so a stream of tokens costs nothing here.
+In: every HTTP request. Out: the same, or a 413, or a 408. One layer around the application, outside the one
+that asks for keys. What goes out is looked at only as long as the body has not come whole, so a stream of
+tokens costs nothing here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,54 +21,103 @@ LINGER_S = 2.0
 """How long what is left of a refused body is read and thrown away. A connection closed with bytes unread is
 reset, and the client would lose the answer that explains it."""
 
+IN_FLIGHT_S = 0.1
+"""How long an answer waits for a body that nobody needs, such as that of a request without a key. Most
+clients send head and body in two pieces; one whose body comes in this time keeps its connection."""
+
+BODY_GAP_S = 60.0
+"""How long a body may go without another byte. A client that sends none any more holds a connection, with or
+without a key, and would hold it forever."""
+
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies of more than `max_bytes`."""
+    """ASGI middleware that refuses bodies of more than `max_bytes`, and those that stop coming."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not (length := _announced(scope)):
             await self._app(scope, receive, send)
-        elif _announced(scope) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            return
+        body = _Incoming(scope, receive, send, self._max_bytes)
+        if length > self._max_bytes:
+            await ApiError.of_status(413, body.too_large()).response()(scope, body.receive, body.send)
         else:
-            await self._app(scope, self._counted(receive), send)
+            await self._app(scope, body.receive, body.send)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """For bodies that do not say how long they are."""
-        total = 0
 
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            if message["type"] == "http.request":
-                total += len(message.get("body", b""))
-                if total > self._max_bytes:
-                    raise HTTPException(413, self._words())  # the application's own way out of reading
-            return message
+class _Incoming:
+    """One body on its way in, and the answer if it comes before the body is whole."""
 
-        return counted
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_bytes = max_bytes
+        self._total = 0
+        self._whole = False
+        self._waits_for_leave = any(name == b"expect" for name, _ in scope["headers"])
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = ApiError(413, self._words(), code="body_too_large").response()
-        await send({"type": "http.response.start", "status": 413, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _words(self) -> str:
+    def too_large(self) -> str:
         return f"the body is too large: the limit is {self._max_bytes} bytes"
+
+    async def receive(self) -> Message:
+        """The next message. HTTPException is the application's own way out of reading."""
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_GAP_S):
+                message = await self._next()
+        except TimeoutError:
+            raise HTTPException(
+                408,
+                f"the body did not come whole: {self._total} bytes, and then none for {BODY_GAP_S:g} s; "
+                "send it again",
+            ) from None
+        if self._total > self._max_bytes:
+            raise HTTPException(413, self.too_large())
+        return message
+
+    def send(self, message: Message) -> Awaitable[None]:
+        return self._send(message) if self._whole else self._send_early(message)
+
+    async def _send_early(self, message: Message) -> None:
+        """Answer what has not come whole, and close: what comes after it is no request."""
+        if message["type"] == "http.response.start":
+            if not self._waits_for_leave:
+                await self._discard(IN_FLIGHT_S)
+            if not self._whole:
+                message = {**message}
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await self._send(message)
+        elif message.get("more_body", False):
+            await self._send(message)
+        else:
+            await self._send({**message, "more_body": True})
+            await self._discard(LINGER_S)
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _discard(self, within_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not self._whole:
+                    await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._total += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)  # also when the client has left
+        return message
 
 
 def _announced(scope: Scope) -> int:
+    """Bytes that are to come: 0 without a body, 1 for one that does not say how long it is."""
+    chunked = 0
     for name, value in scope["headers"]:
         if name == b"content-length":
             # The HTTP parser has refused what is no number; one too long to be read is too large as well.
             return int(value) if len(value) <= 18 else 1 << 62
-    return 0
+        if name == b"transfer-encoding":
+            chunked = 1
+    return chunked

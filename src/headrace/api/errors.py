@@ -6,6 +6,8 @@ In: refusals of the gateway, endings with an error, and everything that FastAPI 
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from headrace.api.schema import spelled
 from headrace.engine import RequestRefused
 from headrace.protocol.requests import ErrorCode, RequestError
 from headrace.text import TextError
@@ -37,7 +40,8 @@ _TYPE = {
     500: "server_error",
     503: "service_unavailable_error",
 }
-_CODE = {413: "body_too_large"}
+_CODE = {408: "body_incomplete", 413: "body_too_large"}
+"""Of what is said by a status alone: FastAPI's refusals, and those of bodies that are being read."""
 
 FAILED = "failed"
 """Set in a request's `scope["state"]` when its answer began with 200 and ended in an error."""
@@ -71,6 +75,11 @@ class ApiError(Exception):
         code = None if error.code is ErrorCode.INVALID else error.code.value
         return cls(status, error.message, param=error.field, code=code)
 
+    @classmethod
+    def of_status(cls, status: int, message: str) -> ApiError:
+        """The answer that a bare HTTP status stands for."""
+        return cls(status, message, code=_CODE.get(status))
+
     def body(self) -> bytes:
         """The error object, serialised."""
         return orjson.dumps(
@@ -92,7 +101,7 @@ class ApiError(Exception):
             headers["Retry-After"] = str(self.retry_after_s)
         elif self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        elif self.status == 408:
+        elif self.code == "deadline_exceeded":
             headers["X-Should-Retry"] = "false"  # OpenAI's clients would begin the same wait again
         elif self.status == 413:
             headers["Connection"] = "close"  # what is left of the body is not read
@@ -130,7 +139,9 @@ def install_error_handlers(app: FastAPI) -> None:
             message = f"there is nothing at {request.method} {request.url.path}"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed at {request.url.path}"
-        response = ApiError(error.status_code, message, code=_CODE.get(error.status_code)).response()
+        elif error.status_code == 400 and error.__cause__ is not None:
+            message = _unread(error.__cause__, await request.body())
+        response = ApiError.of_status(error.status_code, message).response()
         response.headers.update(error.headers or {})  # such as Allow
         return response
 
@@ -140,9 +151,26 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "the server failed on this request; its log has the details").response()
 
 
+def _unread(why: BaseException, body: bytes) -> str:
+    """What keeps a body from being read as JSON, where it is not JSON's own grammar."""
+    if isinstance(why, UnicodeDecodeError):
+        return f"the body is not UTF-8: byte 0x{body[why.start]:02x} at position {why.start}; send UTF-8"
+    if isinstance(why, RecursionError):
+        return (
+            "the body's arrays and objects are nested too deeply: "
+            f"the limit is below {sys.getrecursionlimit()} levels"
+        )
+    digits = sys.get_int_max_str_digits()
+    if isinstance(why, ValueError) and (number := re.search(rb"\d{%d}" % (digits + 1), body)):
+        return f"the body has an integer of more than {digits} digits at position {number.start()}"
+    return f"the body cannot be read: {why}"
+
+
 def _validation_error(found: Sequence[Any], content_type: str) -> ApiError:
     """The first thing that is wrong, with the path of its field as `messages[0].role`."""
     first = found[0]
+    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
+        return ApiError(400, "the body is empty; send a JSON object")
     if first["type"] == "model_attributes_type" and len(first["loc"]) == 1:
         if "json" in content_type:
             return ApiError(400, "the body is JSON, but not an object")
@@ -159,4 +187,6 @@ def _validation_error(found: Sequence[Any], content_type: str) -> ApiError:
         elif not part.startswith(("list[", "constrained-", "function-")) and part not in ("str", "int"):
             path += f".{part}" if path else part
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"].endswith("_type"):
+        message += f", got {spelled(first.get('input'))}"
     return ApiError(400, f"{path}: {message}" if path else message, param=path or None)

@@ -188,7 +188,7 @@ async def _follow(run: _Run, receive: Receive, send: Send, replayed: bool) -> No
         sent = 0
         while not left.done():
             while sent < len(run.messages):
-                message = run.messages[sent]
+                message = {**run.messages[sent]}  # the doors outside write into what is sent
                 if replayed and message["type"] == "http.response.start":
                     message = {**message, "headers": [*message["headers"], REPLAYED]}
                 await send(message)
@@ -215,8 +215,8 @@ async def _body(receive: Receive) -> bytes | None:
     while True:
         try:
             message = await receive()
-        except HTTPException as error:  # the body's limit speaks so to the application
-            raise ApiError(error.status_code, error.detail, code="body_too_large") from None
+        except HTTPException as error:  # the body's limits speak so to the application
+            raise ApiError.of_status(error.status_code, error.detail) from None
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))

@@ -27,11 +27,13 @@ def lifecycle_routes(server: Server) -> APIRouter:
         body = orjson.dumps({"status": server.gateway.state})
         return Response(body, 200 if ok else 503, media_type="application/json")
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=_STATES)
     async def health() -> Response:
         """200 while the process and its engine can serve, now or when loading or draining is done."""
         return state(server.gateway.state is not GatewayState.DEAD)
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=_STATES)
     async def ready() -> Response:
         """200 when the model answers now."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.api.errors import ApiError
-from headrace.api.schema import ChatMessage
+from headrace.api.schema import ChatMessage, spelled
 from headrace.api.served import Server
 from headrace.text import TextError
 
@@ -42,17 +42,28 @@ async def prompt_tokens(server: Server, prompt: Any, *, add_special_tokens: bool
     if isinstance(prompt, str):
         return [await encoded(server, prompt, "prompt", add_special_tokens=add_special_tokens)]
     if isinstance(prompt[0], int):
+        _check_tokens(server, prompt, "prompt")
         return [prompt]
-    check_length(server, sum(len(one) for one in prompt if isinstance(one, str)), "prompt")
-    tokens = []
-    for one in prompt:
-        if isinstance(one, str):
-            tokens.append(await encoded(server, one, "prompt", add_special_tokens=add_special_tokens))
-        elif isinstance(one, list):
-            tokens.append(one)
-        else:
-            raise ApiError(400, "prompt: texts and token ids are mixed", param="prompt")
-    return tokens
+    if isinstance(prompt[0], list):
+        for number, tokens in enumerate(prompt):
+            _check_tokens(server, tokens, f"prompt[{number}]")
+        return list(prompt)
+    check_length(server, sum(map(len, prompt)), "prompt")
+    return [await encoded(server, one, "prompt", add_special_tokens=add_special_tokens) for one in prompt]
+
+
+def _check_tokens(server: Server, tokens: Sequence[int], field: str) -> None:
+    """Raise a 400 that says where a token id is outside the vocabulary. The engine would not know where."""
+    info = server.gateway.info
+    if info is None or not tokens or (min(tokens) >= 0 and max(tokens) < info.vocab_size):
+        return
+    at = next(at for at, token in enumerate(tokens) if not 0 <= token < info.vocab_size)
+    where = f"{field}[{at}]"
+    raise ApiError(
+        400,
+        f"{where} is {spelled(tokens[at])}, outside the vocabulary of {info.vocab_size}",
+        param=where,
+    )
 
 
 def check_length(server: Server, characters: int, field: str) -> None:

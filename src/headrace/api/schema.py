@@ -34,10 +34,27 @@ PRIORITY_RANGE = (-(1 << 31), (1 << 31) - 1)
 TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 """What a chat template is given by other fields."""
 
+PROMPT_FORMS = "send a text, an array of texts, an array of token ids, or an array of arrays of token ids"
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 StopStrings = str | list[str] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def spelled(value: Any) -> str:
+    """What a client sent, for an error about its type."""
+    match value:
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case int() | float():
+            return f"the number {value}" if abs(value) < 1e20 else "a number"
+        case str():
+            return f"the text {value!r}" if len(value) <= 40 else f"a text of {len(value)} characters"
+        case list():
+            return "an array"
+        case _:
+            return "an object"
 
 
 def _refuse(value: Any) -> Any:
@@ -118,6 +135,20 @@ class SamplingFields(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("max_tokens", "max_completion_tokens", mode="before", check_fields=False)
+    @classmethod
+    def _counts_tokens(cls, count: Any) -> Any:
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise ValueError(f"it must be an integer of at least 1, got {spelled(count)}")
+        return count
+
+    @field_validator("top_k")
+    @classmethod
+    def _all_or_some(cls, top_k: int | None) -> int | None:
+        if top_k is not None and top_k < -1:
+            raise ValueError(f"it must be at least 0, or -1 to keep all, got {spelled(top_k)}")
+        return top_k
 
     @field_validator("stop")
     @classmethod
@@ -246,6 +277,17 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
         return count
 
 
+def _check_items(items: list[Any], kind: type | None, name: str) -> None:
+    """Raise ValueError for the first item that is not of `kind`; None is no kind of a prompt at all."""
+    if set(map(type, items)) <= {kind}:
+        return
+    at = next(at for at, item in enumerate(items) if type(item) is not kind)
+    found = f"{name}[{at}] is {spelled(items[at])}"
+    if kind is not None and type(items[at]) in (str, int, list):
+        found += ": texts and token ids are mixed"
+    raise ValueError(f"{found}; {PROMPT_FORMS}")
+
+
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
@@ -254,14 +296,23 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
     add_special_tokens: bool = True
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
     def _some_prompts(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list):
-            if not prompt:
-                raise ValueError("the list of prompts is empty")
-            if not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
-                raise ValueError(f"{len(prompt)} prompts, the limit is {MAX_PROMPTS}")
+        """Here and not by the union, whose errors are those of the one form that it tried first."""
+        if isinstance(prompt, str):
+            return prompt
+        if not isinstance(prompt, list):
+            raise ValueError(f"got {spelled(prompt)}; {PROMPT_FORMS}")
+        if not prompt:
+            raise ValueError("the list of prompts is empty")
+        kind = type(prompt[0])
+        if kind is not int and len(prompt) > MAX_PROMPTS:
+            raise ValueError(f"{len(prompt)} prompts, the limit is {MAX_PROMPTS}")
+        _check_items(prompt, kind if kind in (str, int, list) else None, "prompt")
+        if kind is list:
+            for number, tokens in enumerate(prompt):
+                _check_items(tokens, int, f"prompt[{number}]")
         return prompt
 
     @field_validator("suffix")
