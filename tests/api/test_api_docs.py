@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from headrace.api.access import OPEN_PATHS
 from headrace.api.answers import ERROR_MEANINGS
+from headrace.api.bodies import BODY_GAP_S
 from headrace.api.idempotency import MAX_KEY_CHARACTERS, Limits
+from headrace.api.origins import EXPOSED_HEADERS, METHODS
 from headrace.api.schema import (
     MAX_DETOKENIZED,
     MAX_PROMPTS,
@@ -139,6 +141,9 @@ def test_the_limits_are_the_limits() -> None:
         int(limits.grace_s),
     ):
         assert str(number) in kept
+    assert f"{BODY_GAP_S:g}" in section("Bodies")
+    for name in (*METHODS, *EXPOSED_HEADERS):
+        assert f"`{name}`" in section("Pages of other origins")
     for limit in ApiKey.__dataclass_fields__:
         if limit != "digest":
             assert f"`{limit}`" in section("Keys")

@@ -191,7 +191,7 @@ ERROR_MEANINGS = {
     400: "the request can never be served as it is; `param` names the field, the message its limit",
     401: "no key, or a wrong one",
     404: "no such model",
-    408: "the request's timeout passed before it had ended; it was cancelled",
+    408: "the request's timeout passed and it was cancelled, or its body stopped coming",
     413: "the body is larger than the server reads",
     422: "the Idempotency-Key was used with another body",
     429: "the queue, or what the key may use, is full; try again after Retry-After",

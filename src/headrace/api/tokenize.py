@@ -20,7 +20,9 @@ from headrace.api.terms import admit_small
 def tokenize_routes(server: Server) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", responses={200: {"model": TokenizeAnswer}, **errors(400, 404, 413, 422, 429)})
+    @router.post(
+        "/tokenize", responses={200: {"model": TokenizeAnswer}, **errors(400, 404, 408, 413, 422, 429)}
+    )
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a prompt, or of a conversation as the model is given it."""
         check_model(server, body.model)
@@ -44,7 +46,7 @@ def tokenize_routes(server: Server) -> APIRouter:
         )
 
     @router.post(
-        "/detokenize", responses={200: {"model": DetokenizeAnswer}, **errors(400, 404, 413, 422, 429)}
+        "/detokenize", responses={200: {"model": DetokenizeAnswer}, **errors(400, 404, 408, 413, 422, 429)}
     )
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of token ids, control tokens included."""
