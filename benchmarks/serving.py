@@ -39,7 +39,8 @@ class Server:
             raise
         self.url = self.lines[-1].rpartition(" ")[2].removesuffix("/v1")
         gateway = psutil.Process(self._process.pid)
-        self.processes = {"gateway": gateway, "engine": gateway.children()[0]}
+        (worker,) = gateway.children()
+        self.processes = {"gateway": gateway, "worker": worker, "engine": worker.children()[0]}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -19,14 +19,15 @@ from tokenizers import Tokenizer as Backend
 
 from headrace.api import ServedModel, Server, create_app
 from headrace.api.http import HttpServer, bind
-from headrace.cluster import Gateway
+from headrace.cluster import Gateway, GatewayState
 from headrace.config import ServingOptions
 from headrace.engine import Engine
 from headrace.observe import Metrics
 from headrace.protocol.requests import GenerateRequest, SamplingParams
 from headrace.sim.hash_executor import expected, model_of
+from headrace.sim.launcher import TaskLauncher
 from headrace.text import ChatTemplate, Tokenizer
-from headrace.worker import serve
+from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import real_world
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
@@ -108,21 +109,23 @@ class ApiHouse:
         return self.call(called)
 
     def start_worker(self) -> None:
-        async def start() -> None:
-            self.engine, info = self.shape.build()
-            await self._dial(info)
+        self.call(self._dial)
 
-        self.call(start)
-
-    async def _dial(self, info: Any) -> None:
-        self.worker = asyncio.create_task(serve(real_world(), self.gateway.address, self.engine, info))
+    async def _dial(self) -> None:
+        """Let a worker with a new engine dial in."""
+        self.engine, info = self.shape.build()
+        launcher = TaskLauncher(lambda address: serve(real_world(), address, self.engine, info))
+        options = WorkerOptions(worker_id="w", join=(self.gateway.address,))
+        supervisor = Supervisor(real_world(), options, launcher, self.gateway.address + ".engine")
+        self.worker = asyncio.create_task(supervisor.run())
         await self.gateway.wait_ready()
 
     def kill_worker(self) -> None:
         async def kill() -> None:
             self.worker.cancel()
             await asyncio.gather(self.worker, return_exceptions=True)
-            await self.gateway.wait_lost()
+            while self.gateway.state is GatewayState.READY:
+                await self.gateway.wait_changed()
 
         self.call(kill)
 
@@ -164,9 +167,8 @@ class ApiHouse:
         self.metrics = Metrics("hash")
         self.gateway = Gateway(real_world(), self.metrics)
         with tempfile.TemporaryDirectory() as directory:
-            await self.gateway.listen(f"unix:{directory}/engine.sock")
-            self.engine, info = self.shape.build()
-            await self._dial(info)
+            await self.gateway.listen(f"unix:{directory}/gateway.sock")
+            await self._dial()
             model = ServedModel("hash", self.tokenizer, ChatTemplate(TEMPLATE))
             server = Server(self.gateway, model, self.metrics, random.Random(0), self.serving)
             bound = bind("127.0.0.1", 0)

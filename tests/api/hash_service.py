@@ -1,4 +1,4 @@
-"""What `headrace serve` runs, with a hash engine (see `hash_worker.py`) in place of a model's."""
+"""What `headrace serve` runs, with a hash engine (see `hash_engine.py`) in place of a model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.cli.errors import clear_errors
 from headrace.config import EngineOptions
 from headrace.store import ModelFiles
 
-HASH_WORKER = Path(__file__).parents[1] / "worker" / "hash_worker.py"
+HASH_ENGINE = Path(__file__).parents[1] / "worker" / "hash_engine.py"
 
 
 def main(drain_timeout_s: float) -> None:
@@ -40,7 +40,7 @@ def main(drain_timeout_s: float) -> None:
             bind("127.0.0.1", 0),
             drain_timeout_s=drain_timeout_s,
             say=lambda line: print(line, file=sys.stderr, flush=True),
-            engine_command=(sys.executable, str(HASH_WORKER)),
+            engine_command=(sys.executable, str(HASH_ENGINE)),
         )
         uvloop.run(service.run())
 

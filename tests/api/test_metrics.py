@@ -61,14 +61,14 @@ def test_what_a_stop_string_ends_counts_as_stop_and_is_cancelled_once(asked: dic
         prompt, n = [300, 301], asked.get("n", 1)
         stop = house.tokenizer.decode(house.expected(prompt, max_tokens=8, ignore_eos=True).tokens[6:8])
         cancels: list[Cancel] = []
-        post = house.gateway._post
+        post = house.gateway.post
 
-        def counted(channel: Any, message: Any) -> None:
+        def counted(member: Any, message: Any) -> None:
             if isinstance(message, Cancel):
                 cancels.append(message)
-            post(channel, message)
+            post(member, message)
 
-        house.gateway._post = counted  # type: ignore[method-assign]
+        house.gateway.post = counted  # type: ignore[method-assign]
         body = {"prompt": prompt, "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stop": stop}
         answer = http.post("/v1/completions", json={**body, **asked})
         assert answer.text.count('"finish_reason":"stop"') == n

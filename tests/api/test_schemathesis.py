@@ -51,6 +51,9 @@ OPERATIONS = {
     "POST /v1/completions": (200, 400),
     "POST /tokenize": (400,),  # either prompt or messages: examples have both
     "POST /detokenize": (200, 400),
+    "GET /cluster": (),
+    "GET /cluster/requests/{request_id}": (404,),
+    "POST /cluster/workers/{worker_id}/drain": (404,),
 }
 """Every route, and statuses that examples are known to reach: the checks have something to look at."""
 GOOD: dict[str, dict[str, Any]] = {

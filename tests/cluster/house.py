@@ -1,4 +1,4 @@
-"""A gateway and an engine on hash values, wired up in a simulated or in the real world, for tests of both."""
+"""A gateway and a worker on hash values, wired up in a simulated or in the real world, for tests of both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from headrace.protocol.messages import EngineInfo
 from headrace.protocol.requests import Finish, GenerateRequest, SamplingParams
 from headrace.sim import Crash, Simulation, run
 from headrace.sim.hash_executor import expected_tokens, hash_engine, model_of
-from headrace.worker import serve
+from headrace.sim.launcher import TaskLauncher
+from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import World, real_world
 
 WORLDS = ("virtual", "asyncio", "uvloop")
@@ -69,6 +70,7 @@ class EngineShape:
             block_bytes=self.block_size * 8,
             weight_bytes=0,
             prefix_caching=True,
+            kv_layout="hash",
             threads=1,
             pid=1,
         )
@@ -83,8 +85,10 @@ class House:
     world: World
     simulation: Simulation | None
     gateway: Gateway
+    engine_address: str
     engine: Engine | None = None
     worker: asyncio.Task[None] | None = None
+    engines: TaskLauncher | None = None
     steps: int = 0
     """Steps that engines have begun, all of them together."""
     break_at: int | None = None
@@ -92,7 +96,15 @@ class House:
     background: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def start_worker(self) -> asyncio.Task[None]:
-        """Let a new engine dial in."""
+        """Let a new worker dial in."""
+        world = self.worker_world()
+        self.engines = TaskLauncher(lambda address: self._engine(world, address))
+        options = WorkerOptions(worker_id="w", join=(self.gateway.address,))
+        supervisor = Supervisor(world, options, self.engines, self.engine_address)
+        self.worker = asyncio.create_task(supervisor.run(), name="worker")
+        return self.worker
+
+    async def _engine(self, world: World, address: str) -> None:
         self.engine, info = self.shape.build()
         submit = self.engine.executor.submit
 
@@ -103,23 +115,28 @@ class House:
             return submit(plan)
 
         self.engine.executor.submit = counted  # type: ignore[method-assign]
-        self.worker = asyncio.create_task(
-            serve(self.worker_world(), self.gateway.address, self.engine, info), name="worker"
-        )
-        return self.worker
+        await serve(world, address, self.engine, info)
 
     def worker_world(self) -> World:
         return self.simulation.world("worker") if self.simulation else self.world
 
     async def kill_worker(self, how: Crash = Crash.RESET) -> None:
-        """The worker's process dies without a word."""
+        """The worker's machine dies without a word."""
         assert self.worker is not None
+        assert self.engines is not None
         if self.simulation:
             self.simulation.network.crash_host("worker", how)
+        for process in self.engines.processes:
+            process.task.cancel()
         self.worker.cancel()
         await asyncio.gather(self.worker, return_exceptions=True)
         if self.simulation:
             self.simulation.network.restart_host("worker")
+
+    async def lost(self) -> None:
+        """Wait until the gateway has no worker."""
+        while any(True for _ in self.gateway.registry.live()):
+            await self.gateway.wait_changed()
 
     def expected(self, request: GenerateRequest, index: int = 0) -> list[int]:
         assert self.engine is not None
@@ -153,16 +170,16 @@ def in_house(
     """Run `body` with a gateway and a connected engine; returns the trace hash of a simulated run."""
     shape = shape or EngineShape()
 
-    async def live(world: World, simulation: Simulation | None, address: str) -> None:
+    async def live(world: World, simulation: Simulation | None, address: str, engine: str) -> None:
         gateway = Gateway(world, observer)
-        house = House(shape, world, simulation, gateway)
+        house = House(shape, world, simulation, gateway, engine)
         await gateway.listen(address)
         try:
             house.start_worker()
             await gateway.wait_ready()
             await body(house)
         finally:
-            await gateway.drain(0.0)
+            await gateway.drain(0.0, dismiss=True)
             assert house.worker is not None
             house.worker.cancel()
             await asyncio.gather(house.worker, *house.background, return_exceptions=True)
@@ -170,14 +187,15 @@ def in_house(
     if kind == "virtual":
 
         async def simulated(simulation: Simulation) -> None:
-            await live(simulation.world("gateway"), simulation, "gateway:7000")
+            await live(simulation.world("gateway"), simulation, "gateway:7000", "worker:7100")
 
         return run(simulated, seed=seed, max_virtual_s=1000.0).trace_hash
 
     async def real() -> None:
         with tempfile.TemporaryDirectory() as directory:
             async with asyncio.timeout(REAL_TIMEOUT_S):
-                await live(real_world(), None, f"unix:{directory}/engine.sock")
+                place = f"unix:{directory}"
+                await live(real_world(), None, f"{place}/gateway.sock", f"{place}/engine.sock")
 
     factory = uvloop.new_event_loop if kind == "uvloop" else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:

@@ -86,7 +86,8 @@ class Served:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = self.gateway.children()
+        (worker,) = self.gateway.children()
+        (child,) = worker.children()
         return child
 
     def metrics(self) -> dict[str, float]:

@@ -188,7 +188,7 @@ def test_a_killed_engine_is_an_error_in_the_stream_and_the_server_recovers(
         for _ in stream:
             pass
     assert httpx.get(f"{served.url}/health").status_code == 503
-    served.wait_line("the engine was lost with SIGKILL")
+    served.wait_line("engine: the engine was lost with SIGKILL")
     deadline = time.monotonic() + 60
     while httpx.get(f"{served.url}/ready").status_code != 200:
         assert time.monotonic() < deadline, "the server did not recover"

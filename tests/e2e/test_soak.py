@@ -40,7 +40,7 @@ def test_a_short_soak_holds(smollm2_dir: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"│ held +│$", done.stdout, re.MULTILINE)) == 8, done.stdout
+    assert len(re.findall(r"│ held +│$", done.stdout, re.MULTILINE)) == 9, done.stdout
 
 
 def found(after: str, **changes: object) -> list[str]:

@@ -26,6 +26,7 @@ INFO = EngineInfo(
     block_bytes=1,
     weight_bytes=1,
     prefix_caching=False,
+    kv_layout="l",
     threads=1,
     pid=1,
 )
@@ -33,7 +34,7 @@ INFO = EngineInfo(
 
 def exposed() -> dict[str, tuple[str, frozenset[str]]]:
     metrics = Metrics("m")
-    metrics.engine_up(INFO)
+    metrics.engine_up("w", INFO)
     return {
         family.name.removeprefix(PREFIX): (
             family.type,

@@ -173,7 +173,7 @@ def test_how_sequences_end() -> None:
         lost = house.gateway.submit(request("lost", max_tokens=100))
         await anext(lost)
         await house.kill_worker()
-        await house.gateway.wait_lost()
+        await house.lost()
         assert endings() == {"stop": 1, "length": 1, "abort": 2, "error": 1}
         page = Page(metrics)
         assert page["engine_up"] == page["num_requests_running"] == page["kv_cache_usage_perc"] == 0
@@ -207,7 +207,7 @@ def test_an_engine_that_starts_again_counts_on() -> None:
         before = Page(metrics)
         assert before["engine_starts_total"] == before["engine_up"] == 1
         await house.kill_worker()
-        await house.gateway.wait_lost()
+        await house.lost()
         house.start_worker()
         await house.gateway.wait_ready()
         again = Page(metrics)

@@ -11,8 +11,8 @@ END = Finish(FinishReason.LENGTH)
 
 def test_each_phase_is_told_at_the_ending_and_then_forgotten() -> None:
     watch = Stopwatch()
-    watch.arrived("r", 2, 1.0)
-    watch.arrived("unscheduled", 1, 2.0)
+    watch.arrived("r", range(2), 1.0)
+    watch.arrived("unscheduled", range(1), 2.0)
     watch.scheduled([("r", 0)], 4.0)
     assert watch.outputs([SequenceOutput("r", 0, [5], cached_tokens=0)], 7.0) == []
     watch.scheduled([("r", 1)], 7.0)
@@ -27,7 +27,7 @@ def test_each_phase_is_told_at_the_ending_and_then_forgotten() -> None:
 
 def test_a_single_token_ends_prefill_and_all() -> None:
     watch = Stopwatch()
-    watch.arrived("r", 1, 0.0)
+    watch.arrived("r", range(1), 0.0)
     watch.scheduled([("r", 0)], 0.0)
     assert watch.outputs([SequenceOutput("r", 0, [5], cached_tokens=0, finish=END)], 2.0) == [
         SequenceTimes(0.0, 2.0, 0.0)

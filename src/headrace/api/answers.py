@@ -187,6 +187,65 @@ class VersionAnswer(_Answer):
     version: str
 
 
+class WorkerBlocks(_Answer):
+    total: int
+    held: int
+    leased: int
+    quarantined: int
+    cached: int
+
+
+class WorkerAnswer(_Answer):
+    id: str
+    role: Literal["prefill", "decode", "both"]
+    state: Literal["up", "suspect", "draining", "down"]
+    why: str | None
+    generation: str
+    heard_s_ago: float
+    step: int
+    engine_silent_s: float
+    open_sequences: int
+    prefills: int
+    running: int
+    waiting: int
+    blocks: WorkerBlocks
+    model: str
+    revision: str
+    numerics: str
+    kv_layout: str
+    threads: int
+    pid: int
+
+
+class ClusterAnswer(_Answer):
+    state: Literal["starting", "ready", "draining", "dead"]
+    open_sequences: int
+    workers: list[WorkerAnswer]
+
+
+class JourneyEvent(_Answer):
+    at_s: float
+    what: str
+    worker: str | None
+    detail: dict[str, str | int | float]
+
+
+class JourneyAnswer(_Answer):
+    id: str
+    prompt_tokens: int
+    events: list[JourneyEvent]
+
+
+class JourneysAnswer(_Answer):
+    requests: list[JourneyAnswer]
+
+
+class DrainAnswer(_Answer):
+    id: str
+    state: Literal["up", "suspect", "draining"]
+    open_sequences: int
+
+
 ERROR_MEANINGS = {
     400: "the request can never be served as it is; `param` names the field, the message its limit",
     401: "no key, or a wrong one",

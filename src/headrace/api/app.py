@@ -14,6 +14,7 @@ from headrace import __version__
 from headrace.api.access import KeyRequired
 from headrace.api.bodies import BodyLimit
 from headrace.api.chat import chat_routes
+from headrace.api.cluster import cluster_routes
 from headrace.api.completions import completion_routes
 from headrace.api.document import openapi_of
 from headrace.api.errors import install_error_handlers
@@ -30,7 +31,14 @@ def create_app(server: Server) -> FastAPI:
     options = server.options
     app = FastAPI(title="Headrace", version=__version__, docs_url="/docs", redoc_url=None)
     install_error_handlers(app)
-    for routes in (lifecycle_routes, model_routes, chat_routes, completion_routes, tokenize_routes):
+    for routes in (
+        lifecycle_routes,
+        model_routes,
+        chat_routes,
+        completion_routes,
+        tokenize_routes,
+        cluster_routes,
+    ):
         app.include_router(routes(server))
     app.add_middleware(Idempotency)
     if options.keys:

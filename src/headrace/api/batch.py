@@ -12,20 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from headrace.api.errors import ApiError
 from headrace.api.sample import Sample, TextOptions
 from headrace.api.served import ServedModel
-from headrace.api.service import ENGINE_COMMAND
-from headrace.cluster import LocalEngine
+from headrace.api.workers import Pools, launchers
+from headrace.cluster import LocalCluster
 from headrace.config import EngineOptions
 from headrace.engine import RequestRefused
 from headrace.protocol.requests import SEED_LIMIT, GenerateRequest, SamplingParams
 from headrace.store import ModelFiles
 from headrace.text import TextError
+from headrace.worker.process import ENGINE_COMMAND
 from headrace.world import real_world
-from headrace.world.launcher import LocalLauncher
 
 Prompt = str | list[dict[str, Any]]
 """Text to continue, or the messages of a conversation to answer."""
@@ -66,13 +64,13 @@ class Batch:
         temperature: float | None,
         seed: int | None,
         say: Callable[[str], None],
-        engine_command: Sequence[str] = ENGINE_COMMAND,
+        engine_command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
         """`say` gets what the engine's process prints."""
         self._world = real_world()
         self._files = files
-        launcher = LocalLauncher(engine_command, msgspec.json.encode(options), say)
-        self._engine = LocalEngine(self._world, launcher, report=say)
+        started = launchers(Pools(), options, say, engine_command=engine_command)
+        self._cluster = LocalCluster(self._world, started, report=say)
         self._max_tokens = max_tokens
         self._temperature = temperature
         self._seed = seed
@@ -83,12 +81,12 @@ class Batch:
     ) -> None:
         """Call `show` for each result, in order, and `advance` with tokens per second as each one ends.
 
-        Raises StartFailedError or EngineLostError when there is no engine to run on, TextError when the
+        Raises StartFailedError or WorkerLostError when there is no engine to run on, TextError when the
         model's text cannot be read.
         """
         limit = asyncio.Semaphore(self._in_flight)
         try:
-            starting = asyncio.create_task(self._engine.start(), name="engine start")
+            starting = asyncio.create_task(self._cluster.start(), name="engine start")
             try:
                 self._model = await asyncio.to_thread(ServedModel.from_files, self._files)
                 await starting
@@ -108,7 +106,7 @@ class Batch:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            await self._engine.stop()
+            await self._cluster.stop()
 
     async def _one(
         self, index: int, prompt: Prompt, limit: asyncio.Semaphore, advance: Callable[[float], None]
@@ -140,7 +138,7 @@ class Batch:
         sample = Sample(self._model.tokenizer, TextOptions())
         text = ""
         request = GenerateRequest(request_id=str(index), prompt=tokens, sampling=sampling)
-        with self._engine.gateway.submit(request) as stream:
+        with self._cluster.gateway.submit(request) as stream:
             async for outputs in stream:
                 for output in outputs:
                     if output.finish is not None and output.finish.error is not None:

@@ -14,25 +14,22 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-
-import msgspec
 
 from headrace import __version__
 from headrace.api.app import create_app
 from headrace.api.http import HttpServer
 from headrace.api.served import ServedModel, Server
-from headrace.cluster import LocalEngine
+from headrace.api.workers import Pools, launchers
+from headrace.cluster import LocalCluster
+from headrace.cluster.options import GatewayOptions
 from headrace.config import EngineOptions, ServingOptions
 from headrace.observe import Metrics
 from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles
+from headrace.worker.process import ENGINE_COMMAND
 from headrace.world import real_world
-from headrace.world.launcher import LocalLauncher
-
-ENGINE_COMMAND = (sys.executable, "-m", "headrace.worker.main")
 
 
 class Service:
@@ -48,6 +45,8 @@ class Service:
         drain_timeout_s: float = 30.0,
         started_s: float | None = None,
         say: Callable[[str], None] = print,
+        pools: Pools | None = None,
+        gateway: GatewayOptions | None = None,
         engine_command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
         """`bound` listens already. `say` gets lines for people. `started_s` is when start-up began."""
@@ -60,10 +59,14 @@ class Service:
         self._signalled = asyncio.Event()
         self._world = real_world()
         self._metrics = Metrics(options.served_name)
-        launcher = LocalLauncher(
-            engine_command, msgspec.json.encode(options), lambda line: say(f"engine: {line}")
+        self._pools = pools or Pools()
+        self._cluster = LocalCluster(
+            self._world,
+            launchers(self._pools, options, say, engine_command=engine_command),
+            observer=self._metrics,
+            options=gateway,
+            report=say,
         )
-        self._engine = LocalEngine(self._world, launcher, observer=self._metrics, report=say)
         self._http: HttpServer | None = None
         self._files = files
         self._serving = serving or ServingOptions()
@@ -71,7 +74,7 @@ class Service:
     async def run(self) -> None:
         """Serve until a signal says otherwise.
 
-        Raises StartFailedError or EngineLostError when the engine cannot be run, TextError for a tokenizer or
+        Raises StartFailedError or WorkerLostError when the engine cannot be run, TextError for a tokenizer or
         chat template that cannot be read.
         """
         loop = asyncio.get_running_loop()
@@ -84,7 +87,7 @@ class Service:
             await asyncio.wait({opening, signalled}, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 self._tell_ready(await opening)
-                lost = asyncio.create_task(self._engine.wait_given_up(), name="engine end")
+                lost = asyncio.create_task(self._cluster.wait_given_up(), name="engine end")
                 await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
                     await lost
@@ -94,7 +97,7 @@ class Service:
             signalled.cancel()
             opening.cancel()
             await asyncio.gather(opening, return_exceptions=True)
-            await self._engine.stop()
+            await self._cluster.stop()
             if self._http is not None:
                 await self._http.stop()
             self._bound.close()
@@ -103,11 +106,11 @@ class Service:
 
     async def _open(self) -> EngineInfo:
         """Start the engine, and while it loads read the model's text and begin to answer."""
-        starting = asyncio.create_task(self._engine.start(), name="engine start")
+        starting = asyncio.create_task(self._cluster.start(), name="engine start")
         try:
             model = await asyncio.to_thread(ServedModel.from_files, self._files, self._options.served_name)
             seeds = self._world.random.stream("seeds")
-            server = Server(self._engine.gateway, model, self._metrics, seeds, self._serving)
+            server = Server(self._cluster.gateway, model, self._metrics, seeds, self._serving)
             self._http = HttpServer(create_app(server), self._bound)
             await self._http.start()
             return await starting
@@ -119,16 +122,16 @@ class Service:
         self._signals.append(number)
         if len(self._signals) > 1:
             self._say("stopping at once")
-            self._engine.discard()
+            self._cluster.discard()
             os._exit(128 + number)  # the kernel ends the engine with this process
         self._signalled.set()
 
     async def _stop(self) -> None:
-        running = self._engine.gateway.open_samples
+        running = self._cluster.gateway.open_samples
         drain_s = self._drain_timeout_s if self._signals[0] is signal.SIGTERM else 0.0
         if running and drain_s:
             self._say(f"draining: {running} running or waiting, {drain_s:g} s at most; new requests get 503")
-        if not await self._engine.stop(drain_s):
+        if not await self._cluster.stop(drain_s):
             self._say("some requests had not ended and were cancelled")
         self._say("stopped")
 
@@ -136,9 +139,11 @@ class Service:
 
     def _intent(self) -> str:
         files, options = self._files, self._options
+        names = list(self._pools.roles())
+        workers = f", workers {', '.join(names)}" if len(names) > 1 else ""
         return (
             f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}, "
-            f"{options.threads} thread{'s' * (options.threads > 1)}"
+            f"{options.threads} thread{'s' * (options.threads > 1)}{workers}"
         )
 
     def _tell_ready(self, info: EngineInfo) -> None:

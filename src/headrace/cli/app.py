@@ -6,6 +6,7 @@ import typer
 
 from headrace.cli.bench import bench
 from headrace.cli.chat import chat
+from headrace.cli.cluster import drain, explain, status
 from headrace.cli.demo import demo
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
@@ -25,5 +26,8 @@ app.command()(generate)
 app.command()(bench)
 app.command()(chat)
 app.command()(demo)
+app.command()(status)
+app.command()(explain)
+app.command()(drain)
 app.command()(version)
 app.add_typer(models, name="models")

@@ -19,7 +19,7 @@ OUTPUT_CLOSED = 141
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn what a user can mend into words."""
-    from headrace.cluster import EngineLostError, StartFailedError
+    from headrace.cluster import StartFailedError, WorkerLostError
     from headrace.store import ModelError
     from headrace.text import TextError
 
@@ -30,7 +30,7 @@ def clear_errors() -> Iterator[None]:
         sys.exit(OUTPUT_CLOSED)
     except UnicodeEncodeError as error:
         _fail(f"the output takes only {error.encoding}; set PYTHONIOENCODING=utf-8")
-    except (ModelError, TextError, StartFailedError, EngineLostError, ValueError, OSError) as error:
+    except (ModelError, TextError, StartFailedError, WorkerLostError, ValueError, OSError) as error:
         _fail(_one_line(error))
     except KeyboardInterrupt:
         print("headrace: interrupted", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from headrace.cli.options import (
     QuantizationOption,
     Threads,
 )
+from headrace.cluster.options import GatewayOptions, SplitPolicy
 from headrace.config import ApiKey, EngineOptions, ServingOptions, format_size, parse_size, read_keys
 from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
 
@@ -75,6 +76,18 @@ def serve(
     kv_cache_memory: KvCacheMemory = DEFAULT_KV_CACHE_MEMORY,
     block_size: BlockSize = DEFAULTS.block_size,
     no_prefix_caching: NoPrefixCaching = False,
+    prefill: Annotated[int, typer.Option(min=0, help="Workers that prefill long prompts for others.")] = 0,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Workers that decode; short prompts they prefill too.")
+    ] = 0,
+    both: Annotated[
+        int,
+        typer.Option(min=0, help="Workers that do everything.", show_default="1, where there are no others"),
+    ] = 0,
+    prompt_length_threshold: Annotated[
+        int,
+        typer.Option(min=0, help="A prefill worker takes prompts with more uncached tokens than this."),
+    ] = SplitPolicy().prompt_length_threshold,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name that clients ask for.", show_default="the model's own")
     ] = None,
@@ -118,6 +131,10 @@ def serve(
         import uvloop
 
         from headrace.api.service import Service
+        from headrace.api.workers import Pools
+
+        pools = Pools(prefill, decode, both)
+        gateway = GatewayOptions(split=SplitPolicy(prompt_length_threshold=prompt_length_threshold))
 
         service = Service(
             files,
@@ -125,6 +142,8 @@ def serve(
             bound,
             serving=serving,
             drain_timeout_s=drain_timeout,
+            pools=pools,
+            gateway=gateway,
             started_s=STARTED_S,
             say=_say,
         )

@@ -5,19 +5,18 @@ sample. It must not know HTTP, text, torch, or whether its world is real.
 """
 
 from headrace.cluster.gateway import Gateway, GatewayState, StartFailedError
-from headrace.cluster.local import LocalEngine
+from headrace.cluster.keeper import WorkerLostError
+from headrace.cluster.local import LocalCluster
 from headrace.cluster.observer import Ending, GatewayObserver
 from headrace.cluster.stream import OutputStream
-from headrace.cluster.supervisor import EngineLostError, Supervisor
 
 __all__ = [
     "Ending",
-    "EngineLostError",
     "Gateway",
     "GatewayObserver",
     "GatewayState",
-    "LocalEngine",
+    "LocalCluster",
     "OutputStream",
     "StartFailedError",
-    "Supervisor",
+    "WorkerLostError",
 ]

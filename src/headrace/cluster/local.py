@@ -1,70 +1,97 @@
-"""A gateway with an engine on this machine: the smallest cluster, which `serve` and `generate` start.
+"""A gateway with workers on this machine: the smallest cluster, which `serve` and `generate` start.
 
-The two meet at a unix socket in a directory that only this user can enter. However the gateway's process
-ends, the engine ends with it; a directory that a killed gateway left is removed by the next one.
+They meet at a unix socket in a directory that only this user can enter. However the gateway's process ends,
+the workers end with it; a directory that a killed gateway left is removed by the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from headrace.cluster.gateway import Gateway
+from headrace.cluster.keeper import Keeper
 from headrace.cluster.observer import GatewayObserver
-from headrace.cluster.supervisor import LEAVE_TIMEOUT_S, Supervisor
+from headrace.cluster.options import GatewayOptions
 from headrace.protocol.messages import EngineInfo
 from headrace.world import World
 from headrace.world.launcher import Launcher
 from headrace.world.private_directory import PrivateDirectory
 
+LEAVE_TIMEOUT_S = 5.0
+"""How long dismissed workers may take to end before they are killed."""
 
-class LocalEngine:
-    """One engine behind one gateway, from `start` to `stop`."""
+
+class LocalCluster:
+    """Workers behind one gateway, from `start` to `stop`."""
 
     def __init__(
         self,
         world: World,
-        launcher: Launcher,
+        launchers: Mapping[str, Launcher],
         *,
         observer: GatewayObserver | None = None,
+        options: GatewayOptions | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.gateway = Gateway(world, observer)
-        self._supervisor = Supervisor(world, self.gateway, launcher, report=report)
+        """`launchers`, by the names of the workers, start each worker's process."""
+        self.gateway = Gateway(world, observer, options)
+        self._keepers = [Keeper(world, name, launcher, report) for name, launcher in launchers.items()]
+        self._report = report
+        self._started = False
         self._running: asyncio.Task[None] | None = None
         self._directory: PrivateDirectory | None = None
 
     async def start(self) -> EngineInfo:
-        """Start the engine and wait until it serves.
+        """Start the workers and wait until all of them serve.
 
-        Raises StartFailedError when it says that it cannot, EngineLostError when it ends without a word.
+        Raises StartFailedError when one says that it cannot, WorkerLostError when it ends without a word.
         """
         self._directory = PrivateDirectory("headrace-")
-        await self.gateway.listen(f"unix:{self._directory.path}/engine.sock")
-        self._running = asyncio.create_task(self._supervisor.run(), name="supervisor")
-        ready = asyncio.create_task(self.gateway.wait_ready(), name="local engine")
+        address = await self.gateway.listen(f"unix:{self._directory.path}/gateway.sock")
+        self._running = asyncio.create_task(self._keep(address), name="local cluster")
+        ready = asyncio.create_task(self.gateway.wait_ready(len(self._keepers)), name="local start")
         try:
             await asyncio.wait({self._running, ready}, return_when=asyncio.FIRST_COMPLETED)
-            if self._running.done():
+            if not ready.done() and self.gateway.start_failure is None:
                 await self._running  # raises why
-            return await ready
+            info = await ready
+            self._started = True
+            return info
         finally:
             ready.cancel()
             await asyncio.gather(ready, return_exceptions=True)
 
+    async def _keep(self, address: str) -> None:
+        """Run all keepers. Before all workers served, and of the last one, a failure is raised."""
+        keepers = {asyncio.create_task(keeper.run(address), name="keeper") for keeper in self._keepers}
+        running = set(keepers)
+        try:
+            while running:
+                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for keeper in ended:
+                    if (error := keeper.exception()) is not None:
+                        if not running or not self._started:
+                            raise error
+                        self._report(str(error))
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+
     async def wait_given_up(self) -> None:
-        """Wait until the engine cannot be kept running; raises why. Returns when it was drained."""
+        """Wait until a worker cannot be kept running; raises why. Returns when all were dismissed."""
         if self._running is None:
-            raise RuntimeError("the engine was not started")
+            raise RuntimeError("the workers were not started")
         await asyncio.shield(self._running)
 
     async def stop(self, drain_s: float = 0.0) -> bool:
-        """Drain for at most `drain_s`, end the engine, remove the socket; see `Gateway.drain`. Idempotent."""
-        served = self.gateway.has_engine
-        finished = await self.gateway.drain(drain_s)
+        """Drain for at most `drain_s` (see `Gateway.drain`), end the workers and the socket. Idempotent."""
+        served = any(True for _ in self.gateway.registry.live())
+        finished = await self.gateway.drain(drain_s, dismiss=True)
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=LEAVE_TIMEOUT_S if served else 0.0)
-            self._running.cancel()  # kills an engine that loads, or does not leave
+            self._running.cancel()  # kills a worker that loads, or does not leave
             await asyncio.gather(self._running, return_exceptions=True)
         self.discard()
         return finished

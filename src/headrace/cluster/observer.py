@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.protocol.messages import EngineInfo, SequenceTimes, StepStats
+from headrace.protocol.messages import EngineInfo, ImportSettled, SequenceTimes, StepStats
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
 
@@ -29,14 +29,20 @@ class Ending:
 class GatewayObserver:
     """Nothing is done with what is told here; those who measure override what they want to know."""
 
-    def engine_up(self, info: EngineInfo) -> None:
-        """An engine dialled in."""
+    def engine_up(self, worker_id: str, info: EngineInfo) -> None:
+        """A worker dialled in, with a new engine."""
 
-    def engine_lost(self) -> None:
-        """The engine is gone; its requests have ended."""
+    def engine_lost(self, worker_id: str) -> None:
+        """The worker is gone; its requests go on elsewhere or end."""
 
-    def step(self, stats: StepStats) -> None:
+    def step(self, worker_id: str, stats: StepStats) -> None:
         """A step was committed, or requests ended without one."""
+
+    def replayed(self) -> None:
+        """A request lost its worker and is to go on at another."""
+
+    def handed_over(self, settled: ImportSettled) -> None:
+        """A transfer of KV blocks has ended, well or not."""
 
     def accepted(self, request: GenerateRequest) -> None:
         """A request was handed to the engine."""

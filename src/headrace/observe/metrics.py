@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from headrace import __version__
 from headrace.cluster import Ending, GatewayObserver
 from headrace.observe.instruments import Counter, CounterBy, Gauge, Histogram, Info, Instrument
-from headrace.protocol.messages import EngineInfo, StepStats
+from headrace.protocol.messages import EngineInfo, ImportSettled, StepStats
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -46,6 +46,7 @@ _FINISHED = {
     FinishReason.ERROR: "error",
 }
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+_Totals = tuple[int, int, int, int]
 _NO_TOTALS = (0, 0, 0, 0)
 
 _Instrument = TypeVar("_Instrument", bound=Instrument)
@@ -66,7 +67,7 @@ class Metrics(GatewayObserver, Collector):
         self._efficiency = add(
             Gauge("kv_cache_efficiency_perc", "Share of the positions of held KV blocks that carry a token.")
         )
-        self._up = add(Gauge("engine_up", "Whether an engine is connected."))
+        self._up = add(Gauge("engine_up", "Engines that are connected."))
         self._weight_bytes = add(Gauge("model_weight_bytes", "Size of the weights in the precision served."))
         self._kv_bytes = add(Gauge("kv_cache_bytes", "Size of the KV cache."))
 
@@ -92,6 +93,18 @@ class Metrics(GatewayObserver, Collector):
                 list(map(str, ErrorCode)),
             )
         )
+        self._replays = add(
+            Counter("request_replays", "Requests that went on at another worker after theirs was lost.")
+        )
+        self._handoffs = add(
+            CounterBy(
+                "kv_transfers",
+                "Transfers of a prompt's KV blocks between workers, by how they ended.",
+                "outcome",
+                ["transferred", "failed"],
+            )
+        )
+        self._moved_bytes = add(Counter("kv_transfer_bytes", "KV bytes fetched from other workers."))
         self._engine_starts = add(Counter("engine_starts", "Engines that came to serve, one after another."))
         self._busy_s = add(Counter("engine_busy_seconds", "Time that the engine spent in steps."))
         self._kernel_s = add(Counter("kernel_seconds", "Time of steps that was spent in kernels."))
@@ -124,6 +137,9 @@ class Metrics(GatewayObserver, Collector):
         self._params_max_tokens = add(
             Histogram("request_params_max_tokens", "Tokens that a request asks for at most.", _TOKENS)
         )
+        self._moved_s = add(
+            Histogram("kv_transfer_seconds", "From a prompt's first block to the confirmation.", _STEP_S)
+        )
         self._step_tokens = add(Histogram("iteration_tokens_total", "Tokens in one step.", _STEP_TOKENS))
         self._step_s = add(Histogram("step_seconds", "One step of the engine.", _STEP_S))
         self._overhead_s = add(
@@ -134,8 +150,9 @@ class Metrics(GatewayObserver, Collector):
         self._model_info = add(Info("model_info", "What the engine serves and how it computes."))
         self._cache_info = add(Info("cache_config_info", "How the KV cache is cut."))
         self._efficiency.value = 1.0
-        self._positions_per_block = 1
-        self._last_totals = _NO_TOTALS
+        self._last_totals: dict[str, _Totals] = {}
+        self._last_stats: dict[str, StepStats] = {}
+        self._infos: dict[str, EngineInfo] = {}
 
     def collect(self) -> Iterator[Metric]:
         """Every metric as it is now."""
@@ -153,13 +170,11 @@ class Metrics(GatewayObserver, Collector):
 
     # ---- what the gateway observes -------------------------------------------------------------------
 
-    def engine_up(self, info: EngineInfo) -> None:
-        self._up.value = 1.0
+    def engine_up(self, worker_id: str, info: EngineInfo) -> None:
         self._engine_starts.value += 1
-        self._last_totals = _NO_TOTALS  # an engine counts from 0
-        self._weight_bytes.value = info.weight_bytes
-        self._kv_bytes.value = info.num_blocks * info.block_bytes
-        self._positions_per_block = info.block_size
+        self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
+        self._infos[worker_id] = info
+        self._sum_up()
         self._model_info.facts = {
             "revision": info.revision,
             "dtype": info.dtype,
@@ -177,26 +192,47 @@ class Metrics(GatewayObserver, Collector):
             "enable_prefix_caching": str(info.prefix_caching).lower(),
         }
 
-    def engine_lost(self) -> None:
+    def engine_lost(self, worker_id: str) -> None:
         """Nothing runs, waits or is held where there is no engine."""
-        for gauge in (self._up, self._running, self._waiting, self._usage, self._held_tokens):
-            gauge.value = 0.0
-        self._efficiency.value = 1.0
+        self._infos.pop(worker_id, None)
+        self._last_stats.pop(worker_id, None)
+        self._sum_up()
 
-    def step(self, stats: StepStats) -> None:
-        self._running.value = stats.running
-        self._waiting.value = stats.waiting
-        held = stats.blocks_held
-        self._usage.value = held / (stats.blocks_free + stats.blocks_cached + held)
-        self._held_tokens.value = stats.held_tokens
-        self._efficiency.value = stats.held_tokens / (held * self._positions_per_block) if held else 1.0
-        self._count_totals(stats)
+    def step(self, worker_id: str, stats: StepStats) -> None:
+        self._last_stats[worker_id] = stats
+        self._sum_up()
+        self._count_totals(worker_id, stats)
         if stats.rows:
             self._busy_s.value += stats.step_s
             self._kernel_s.value += stats.kernel_s
             self._step_s.observe(stats.step_s)
             self._overhead_s.observe(stats.step_s - stats.kernel_s)
             self._step_tokens.observe(stats.tokens)
+
+    def replayed(self) -> None:
+        self._replays.value += 1
+
+    def handed_over(self, settled: ImportSettled) -> None:
+        self._handoffs.values["transferred" if settled.imported else "failed"] += 1
+        if settled.imported:
+            self._moved_bytes.value += settled.bytes_moved
+            self._moved_s.observe(settled.move_s)
+
+    def _sum_up(self) -> None:
+        """The gauges are sums over all engines that are there."""
+        stats, infos = self._last_stats.values(), self._infos.values()
+        self._up.value = float(len(self._infos))
+        self._weight_bytes.value = sum(info.weight_bytes for info in infos)
+        self._kv_bytes.value = sum(info.num_blocks * info.block_bytes for info in infos)
+        self._running.value = sum(one.running for one in stats)
+        self._waiting.value = sum(one.waiting for one in stats)
+        held = sum(one.blocks_held for one in stats)
+        total = sum(info.num_blocks for info in infos)
+        held_tokens = sum(one.held_tokens for one in stats)
+        self._usage.value = held / total if total else 0.0
+        self._held_tokens.value = held_tokens
+        block_size = max((info.block_size for info in infos), default=1)  # the same in a whole cluster
+        self._efficiency.value = held_tokens / (held * block_size) if held else 1.0
 
     def accepted(self, request: GenerateRequest) -> None:
         self._request_prompt.observe(len(request.prompt))
@@ -231,12 +267,13 @@ class Metrics(GatewayObserver, Collector):
             if ending.output_tokens > 1:
                 self._tpot.observe(times.decode_s / (ending.output_tokens - 1))
 
-    def _count_totals(self, stats: StepStats) -> None:
-        """Add what has come to the engine's totals."""
+    def _count_totals(self, worker_id: str, stats: StepStats) -> None:
+        """Add what has come to an engine's totals."""
         totals = (stats.prefix_queries, stats.prefix_hits, stats.preemptions, stats.evictions)
-        if totals == self._last_totals:
+        before = self._last_totals.get(worker_id, _NO_TOTALS)
+        if totals == before:
             return
         counters = (self._prefix_queries, self._prefix_hits, self._preemptions, self._evictions)
-        for counter, total, last in zip(counters, totals, self._last_totals, strict=True):
+        for counter, total, last in zip(counters, totals, before, strict=True):
             counter.value += total - last
-        self._last_totals = totals
+        self._last_totals[worker_id] = totals

@@ -33,6 +33,21 @@ class BlockSpan(msgspec.Struct, frozen=True, array_like=True):
     """Where they lie in the worker's pool."""
 
 
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """The right to fetch the blocks of one export. Data: whoever has it may, until the source says no."""
+
+    token: bytes
+    """Unguessable; it travels on encrypted channels only."""
+    address: str
+    """Where the source serves blocks."""
+    worker_id: str
+    generation: int
+    """The life of the source's engine; the blocks end with it."""
+    kv_layout: str
+    prompt_tokens: int
+    identities: list[bytes]
+
+
 class Reserved(msgspec.Struct, frozen=True, tag=True):
     """An import has its blocks; `fill` are those that must come from elsewhere."""
 

@@ -1,16 +1,45 @@
-"""The messages between a gateway and an engine, one tagged union for each direction.
+"""The messages between a gateway and a worker, one tagged union for each direction.
 
-A worker dials in and says `Hello` (or `StartFailed`); from then on the gateway submits and cancels, and the
-worker answers each sequence with outputs, the last of which carries its one ending.
+A worker dials in and says `Hello` (or `StartFailed`), and the gateway `Welcome` or `Rejected`. From then on
+the gateway submits and cancels, and the worker answers each sequence with outputs, the last of which carries
+its one ending. Request ids on this channel name attempts: a request that is tried again has a new one, so
+what a former attempt still says concerns nobody.
+
+A prompt that is prefilled by one worker (P) and decoded by another (D):
+
+    gateway ──Submit(import)──▶ D    D has reserved blocks   D ──ImportReserved──▶ gateway
+    gateway ──Submit(export)──▶ P    P knows the request     P ──ExportOffered(ticket)──▶ gateway
+    gateway ──Fetch(ticket)──▶ D     D pulls from P, block by block as they are computed
+    P ──Outputs(first token)──▶ gateway ──Begin(first token)──▶ D
+    D ──ImportSettled──▶ gateway     and decodes; without the blocks it prefills first
 """
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
-from headrace.protocol.requests import GenerateRequest, SequenceOutput
+from headrace.protocol.handoff import Leg, Ticket
+from headrace.protocol.requests import GenerateRequest, Progress, SequenceOutput
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+
+class Role(enum.StrEnum):
+    """What a worker is for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+    @property
+    def prefills_for_others(self) -> bool:
+        return self is not Role.DECODE
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +62,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int
     weight_bytes: int
     prefix_caching: bool
+    kv_layout: str
+    """How bytes lie in a KV block: blocks of equal layout can be copied from one engine's pool to another."""
     threads: int
     pid: int
     notes: tuple[str, ...] = ()
@@ -53,6 +84,10 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     blocks_free: int
     blocks_cached: int
     blocks_held: int
+    blocks_leased: int
+    """Prefilled here, and waiting to be fetched by another worker."""
+    blocks_quarantined: int
+    """Given up, but perhaps still touched by a transfer."""
     held_tokens: int
     """Positions that held blocks really carry; against held * block_size it is the cache's efficiency."""
     preemptions: int
@@ -74,11 +109,27 @@ class SequenceTimes(msgspec.Struct, frozen=True, array_like=True):
     decode_s: float | None = None
 
 
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker with one life of its engine; when that ends, so does the connection."""
+
+    worker_id: str
+    """Its name in the cluster."""
+    generation: int
+    """Drawn at random for each life of the engine; what was said of another life's blocks is void."""
+    role: Role
+    transfers: bool
+    """Whether blocks can be fetched from it and by it."""
+    engine: EngineInfo
+
+
+# ---- worker to gateway -----------------------------------------------------------------------------------
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A worker's first message."""
 
     protocol: int
-    engine: EngineInfo
+    worker: WorkerInfo
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +137,14 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
     message: str
     """What was wrong, the limit, and what to do."""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The supervisor lives, and the engine answered it so long ago."""
+
+    step: int
+    """Steps that the engine has run; a number that stands still while requests run tells of a stuck step."""
+    silent_s: float
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -97,14 +156,113 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
     """One for each ending among the outputs, in order; none from an engine that has failed."""
 
 
-class Drained(msgspec.Struct, frozen=True, tag=True):
-    """Every accepted request has ended; the worker closes after this."""
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """An attempt that the worker does not take, now; another worker may."""
+
+    request_id: str
+    reason: str
 
 
-class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Run a request."""
+class ImportReserved(msgspec.Struct, frozen=True, tag=True):
+    """Blocks for the whole prompt are reserved here; all but the cached ones wait to be filled."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class ImportDeclined(msgspec.Struct, frozen=True, tag=True):
+    """So much of the prompt is cached here that no other worker is needed; the request runs whole."""
+
+    request_id: str
+    cached_tokens: int
+
+
+class ImportSettled(msgspec.Struct, frozen=True, tag=True):
+    """The blocks are there and confirmed, or the reason why they will not be."""
+
+    request_id: str
+    imported: bool
+    reason: str = ""
+    bytes_moved: int = 0
+    blocks: int = 0
+    wait_s: float = 0.0
+    """From the wish to fetch to the first block."""
+    move_s: float = 0.0
+    """From there to the confirmation."""
+
+
+class ExportOffered(msgspec.Struct, frozen=True, tag=True):
+    """With this ticket the blocks of an export can be fetched, from now on, as they are computed."""
+
+    request_id: str
+    ticket: Ticket
+
+
+class ExportEnded(msgspec.Struct, frozen=True, tag=True):
+    """Nothing of an export is held any more."""
+
+    request_id: str
+    how: str
+    """confirmed, expired or dropped"""
+
+
+class Draining(msgspec.Struct, frozen=True, tag=True):
+    """The worker takes no new attempts, and leaves when those that it has are over."""
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The worker closes the connection; attempts that have not ended will not."""
+
+    reason: str
+
+
+# ---- gateway to worker -----------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The worker is registered. Each side hears from the other at least every `heartbeat_s` seconds; one that
+    has heard nothing for `lapse_s` seconds takes the other for gone."""
+
+    heartbeat_s: float
+    lapse_s: float
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """The worker is not taken in."""
+
+    reason: str
+    later: bool = False
+    """Whether it may be if it dials again; else it does not fit this cluster."""
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The gateway lives."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Run a request, from where earlier attempts had come."""
 
     request: GenerateRequest
+    progress: Progress = Progress()
+    leg: Leg = Leg.WHOLE
+    offload_above: int = 0
+    """An import with no more uncached prompt tokens than this runs whole."""
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Fill the reserved blocks of an import."""
+
+    request_id: str
+    ticket: Ticket
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Decode an import after these tokens, once its blocks are there or will not come. Without tokens nobody
+    prefills for it any more."""
+
+    request_id: str
+    generated: list[int]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -115,8 +273,21 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Finish what was accepted, say `Drained`, and exit."""
+    """Take nothing new, let what runs end, and leave."""
 
 
-FromWorker = Hello | StartFailed | Outputs | Drained
-FromGateway = Submit | Cancel | Drain
+FromWorker = (
+    Hello
+    | StartFailed
+    | Heartbeat
+    | Outputs
+    | Refused
+    | ImportReserved
+    | ImportDeclined
+    | ImportSettled
+    | ExportOffered
+    | ExportEnded
+    | Draining
+    | Leaving
+)
+FromGateway = Welcome | Rejected | Beat | Submit | Fetch | Begin | Cancel | Drain

@@ -53,7 +53,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a request had come in earlier attempts at it; an attempt goes on from there and repeats nothing.
+    """How far a request had come in earlier attempts; the next one goes on from there and repeats nothing.
 
     Which worker computes an attempt is no part of the answer: a token depends on the tokens before it, the
     sample's seed and its position.

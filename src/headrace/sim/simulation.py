@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from headrace.sim.link import DATACENTRE, LinkProfile
 from headrace.sim.loop import SimulationError, VirtualLoop, collected_by_count
 from headrace.sim.network import RETRANSMISSION_TIMEOUT_S, WINDOW_BYTES, SimNetwork
-from headrace.world import RandomStreams, TraceValue, World
+from headrace.world import Memory, RandomStreams, TraceValue, World
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ class Simulation:
     """For the scenario itself: arrivals, faults. Hosts have streams of their own."""
     network: SimNetwork
     """To make faults; programs use `world(host).network`."""
+    memories: dict[str, Memory] = field(default_factory=dict)
+    """What programs share with others of their host, by path."""
 
     def world(self, host: str) -> World:
         """The world of a program that starts on `host` now."""
@@ -44,7 +46,14 @@ class Simulation:
             network=self.network.host(host),
             random=self.random.scope(f"host {host}"),
             trace=self.loop.trace,
+            open_memory=self._open_memory,
         )
+
+    def _open_memory(self, path: str, size: int) -> Memory:
+        memory = self.memories.get(path)
+        if memory is None or memory.buffer.nbytes != size:
+            raise OSError(f"there is no memory of {size} bytes at {path}")
+        return memory
 
 
 @dataclass(frozen=True)

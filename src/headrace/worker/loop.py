@@ -1,14 +1,13 @@
-"""The worker's loop: take in what has arrived, step, report; one message a step.
+"""The engine process's loop: take in what has arrived, step, report; one message a step.
 
 The engine steps on the loop's own thread, and between two steps the inbox is emptied, so a cancellation that
-has arrived takes effect before the next step. An idle worker waits for a message and costs nothing.
+has arrived takes effect before the next step. An idle engine waits for a message and costs nothing.
 
-How it ends                    | what becomes of accepted requests        | `serve`
--------------------------------|------------------------------------------|--------------------
-drained                        | all have ended; `Drained` was said       | returns
-the gateway is gone            | cancelled, their blocks given back       | returns
-the engine raises              | end with INTERNAL; the engine is broken  | raises that
-the gateway talks nonsense     | cancelled, their blocks given back       | raises ProtocolError
+How it ends                    | what becomes of accepted requests            | `serve`
+-------------------------------|----------------------------------------------|--------------------
+the supervisor is gone         | cancelled, their blocks given back           | returns
+the engine raises              | nothing; `EngineFailed` was said             | raises that
+the supervisor talks nonsense  | cancelled, their blocks given back           | raises ProtocolError
 """
 
 from __future__ import annotations
@@ -19,28 +18,21 @@ from collections import deque
 from headrace.engine import Engine, num_samples
 from headrace.engine.blocks import BlockRemoved
 from headrace.protocol.channel import Channel
-from headrace.protocol.messages import (
-    PROTOCOL_VERSION,
-    Cancel,
-    Drain,
-    Drained,
-    EngineInfo,
-    FromGateway,
-    FromWorker,
-    Hello,
-    Outputs,
-    StartFailed,
-    StepStats,
-    Submit,
+from headrace.protocol.engine_messages import (
+    Continue,
+    EngineFailed,
+    EngineReady,
+    FromEngine,
+    Ping,
+    Pong,
+    PoolInfo,
+    Release,
+    Stepped,
+    ToEngine,
 )
-from headrace.protocol.requests import (
-    ErrorCode,
-    Finish,
-    FinishReason,
-    GenerateRequest,
-    RequestError,
-    SequenceOutput,
-)
+from headrace.protocol.handoff import Held, Leg
+from headrace.protocol.messages import Cancel, EngineInfo, StartFailed, StepStats, Submit
+from headrace.protocol.requests import SequenceOutput
 from headrace.worker.times import Stopwatch
 from headrace.world import ConnectionLost, World
 
@@ -50,58 +42,55 @@ INBOX_TURNS = 3
 """Turns of the event loop between two steps: one reads sockets, one wakes the reader, one fills the inbox."""
 
 
-async def serve(world: World, address: str, engine: Engine, info: EngineInfo) -> None:
-    """Dial the gateway at `address` and run its requests until one of the ends in the table above.
+async def serve(
+    world: World, address: str, engine: Engine, info: EngineInfo, pool: PoolInfo | None = None
+) -> None:
+    """Dial the supervisor at `address` and run its requests until one of the ends in the table above.
 
-    Raises ConnectFailed when nobody answers there.
+    `pool` says where the supervisor finds the KV blocks. Raises ConnectFailed when nobody answers there.
     """
     channel = await _dial(world, address)
     try:
-        await _Worker(world, channel, engine).run(info)
+        await _Loop(world, channel, engine).run(EngineReady(info, pool))
     finally:
         channel.abort()
 
 
 async def report_start_failure(world: World, address: str, message: str) -> None:
-    """Tell the gateway at `address` why there will be no engine."""
+    """Tell the supervisor at `address` why there will be no engine."""
     channel = await _dial(world, address)
     channel.post(StartFailed(message))
     await channel.close()
 
 
-async def _dial(world: World, address: str) -> Channel[FromGateway]:
+async def _dial(world: World, address: str) -> Channel[ToEngine]:
     connection = await world.network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
-    return Channel(connection, receives=FromGateway)
+    return Channel(connection, receives=ToEngine)
 
 
-class _Worker:
-    def __init__(self, world: World, channel: Channel[FromGateway], engine: Engine) -> None:
+class _Loop:
+    def __init__(self, world: World, channel: Channel[ToEngine], engine: Engine) -> None:
         self._world = world
         self._channel = channel
         self._engine = engine
-        self._inbox: deque[FromGateway] = deque()  # bounded by the gateway's admission
+        self._inbox: deque[ToEngine] = deque()  # bounded by what gateways may have open here
         self._arrived = asyncio.Event()
         self._gone = False
-        self._draining = False
         self._open: dict[str, set[int]] = {}  # samples of accepted requests that have not ended
         self._times = Stopwatch()
         self._last_step = 0
         self._evictions = 0
 
-    async def run(self, info: EngineInfo) -> None:
-        reader = asyncio.create_task(self._read(), name="worker.inbox")
+    async def run(self, ready: EngineReady) -> None:
+        reader = asyncio.create_task(self._read(), name="engine.inbox")
         try:
-            await self._say(Hello(protocol=PROTOCOL_VERSION, engine=info))
+            await self._say(ready)
             while not self._gone:
                 self._take_in()
                 if self._engine.has_work:
                     await self._step()
                     for _ in range(INBOX_TURNS):
                         await asyncio.sleep(0)
-                elif self._draining:
-                    await self._say(Drained())
-                    await self._channel.close()
-                    return
                 else:
                     self._arrived.clear()
                     await self._arrived.wait()
@@ -125,21 +114,28 @@ class _Worker:
             self._arrived.set()
 
     def _take_in(self) -> None:
+        engine = self._engine
         while self._inbox:
             match self._inbox.popleft():
-                case Submit(request=request):
-                    self._accept(request)
+                case Submit() as submit:
+                    self._accept(submit)
                 case Cancel(request_id=request_id, index=index):
-                    self._engine.cancel(request_id, index)
-                case Drain():
-                    self._draining = True
+                    engine.cancel(request_id, index)
+                case Continue(request_id=request_id, imported=imported, generated=generated):
+                    engine.begin(request_id, imported, generated)
+                case Release(request_id=request_id):
+                    engine.release(request_id)
+                case Ping():
+                    self._post(Pong(self._last_step))
 
-    def _accept(self, request: GenerateRequest) -> None:
-        self._world.trace("worker.accept", request.request_id)
-        samples = num_samples(request)
-        self._open[request.request_id] = set(range(samples))
-        self._times.arrived(request.request_id, samples, self._world.now())
-        self._engine.add(request)
+    def _accept(self, submit: Submit) -> None:
+        request, progress = submit.request, submit.progress
+        self._world.trace("engine.accept", request.request_id, submit.leg)
+        samples = 1 if submit.leg is Leg.EXPORT else num_samples(request)
+        running = [index for index in range(samples) if index not in progress.ended]
+        self._open[request.request_id] = set(running)
+        self._times.arrived(request.request_id, running, self._world.now())
+        self._engine.add(request, progress, submit.leg, submit.offload_above)
 
     # ---- what goes out -------------------------------------------------------------------------------
 
@@ -147,8 +143,9 @@ class _Worker:
         began = self._world.now()
         try:
             outputs = await self._engine.step()
-        except Exception as error:  # ends every request, and with them this process
-            await self._say(Outputs(self._failures(error)))
+        except Exception as error:  # ends this process; the supervisor ends or moves what it had
+            message = f"the engine failed with {type(error).__name__}: {error}; its log has the traceback"
+            await self._say(EngineFailed(message))
             await self._channel.close()
             raise
         now = self._world.now()
@@ -158,30 +155,32 @@ class _Worker:
         for output in outputs:
             if output.finish is not None:
                 self._close(output)
-        await self._say(Outputs(outputs, stats, times))
+        handoffs = self._engine.take_handoffs()
+        for event in handoffs:
+            if isinstance(event, Held):
+                self._open.pop(event.request_id, None)
+                self._times.left(event.request_id, 0)
+        await self._say(Stepped(outputs, stats, times, handoffs))
 
-    async def _say(self, message: FromWorker) -> None:
-        """Send, and wait while the gateway reads more slowly than the engine computes."""
+    async def _say(self, message: FromEngine) -> None:
+        """Send, and wait while the supervisor reads more slowly than the engine computes."""
         try:
             await self._channel.send(message)
         except ConnectionLost:
             self._gone = True
 
+    def _post(self, message: FromEngine) -> None:
+        try:
+            self._channel.post(message)
+        except ConnectionLost:
+            self._gone = True
+
     def _close(self, output: SequenceOutput) -> None:
-        self._world.trace("worker.end", output.request_id, output.index)
+        self._world.trace("engine.end", output.request_id, output.index)
         samples = self._open.get(output.request_id, set())
         samples.discard(output.index)
         if not samples:
             self._open.pop(output.request_id, None)
-
-    def _failures(self, error: Exception) -> list[SequenceOutput]:
-        why = f"the engine failed with {type(error).__name__}: {error}; its log has the traceback"
-        finish = Finish(FinishReason.ERROR, error=RequestError(ErrorCode.INTERNAL, why))
-        return [
-            SequenceOutput(request_id, index, finish=finish)
-            for request_id, samples in self._open.items()
-            for index in sorted(samples)
-        ]
 
     async def _abandon(self) -> None:
         """Nobody listens any more: end everything, so that the engine is left with nothing held."""
@@ -189,6 +188,7 @@ class _Worker:
             self._engine.cancel(request_id)
         while self._engine.has_work:
             await self._engine.step()
+            self._engine.take_handoffs()
 
     def _stats(self, step_s: float) -> StepStats:
         scheduler = self._engine.scheduler
@@ -213,6 +213,8 @@ class _Worker:
             blocks_free=pool.free,
             blocks_cached=pool.cached,
             blocks_held=pool.held,
+            blocks_leased=pool.leased,
+            blocks_quarantined=pool.quarantined,
             held_tokens=scheduler.held_tokens,
             preemptions=counters.preemptions,
             prefix_queries=counters.prefix_queries,

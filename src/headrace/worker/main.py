@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.config import EngineOptions, format_size
+from headrace.protocol.engine_messages import PoolInfo
 from headrace.store import open_model
 from headrace.worker.loop import report_start_failure, serve
 from headrace.world import real_world
@@ -35,13 +36,13 @@ def main(arguments: list[str]) -> int:
     try:
         _check_memory(options)
         built = _build(options)
-    except (ValueError, OSError, MemoryError) as error:  # told to the gateway, which ends with it
+    except (ValueError, OSError, MemoryError) as error:  # told to the supervisor, which tells the gateways
         message = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
         asyncio.run(report_start_failure(real_world(), address, message))
         return 1
     try:
         # Not uvloop: its clock counts milliseconds, and steps are measured with the loop's clock.
-        asyncio.run(serve(real_world(), address, built.engine, built.info))
+        asyncio.run(serve(real_world(), address, built.engine, built.info, _pool(built)))
     finally:
         built.engine.executor.close()
     return 0
@@ -52,6 +53,14 @@ def _build(options: EngineOptions) -> BuiltEngine:
     from headrace.execution.build import build_engine
 
     return build_engine(options)
+
+
+def _pool(built: BuiltEngine) -> PoolInfo | None:
+    """Where the supervisor finds the KV blocks, if they are to travel."""
+    info, memory = built.info, built.shared_kv
+    if memory is None:
+        return None
+    return PoolInfo(memory.path, memory.nbytes, info.block_bytes, info.block_size)
 
 
 def _check_memory(options: EngineOptions) -> None:

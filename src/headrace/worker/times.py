@@ -32,9 +32,13 @@ class Stopwatch:
     def __len__(self) -> int:
         return len(self._open)
 
-    def arrived(self, request_id: str, samples: int, now: float) -> None:
-        for index in range(samples):
+    def arrived(self, request_id: str, samples: Iterable[int], now: float) -> None:
+        for index in samples:
             self._open[request_id, index] = _Milestones(now)
+
+    def left(self, request_id: str, index: int) -> None:
+        """A sample goes on elsewhere."""
+        self._open.pop((request_id, index), None)
 
     def scheduled(self, samples: Iterable[SampleKey], now: float) -> None:
         """These run for the first time in the step that began at `now`."""
@@ -45,10 +49,12 @@ class Stopwatch:
         """Take note of what a step brought; the times of what ended in it, in order."""
         ended: list[SequenceTimes] = []
         for output in outputs:
-            if output.cached_tokens is not None:  # said once, with the first token
-                self._open[output.request_id, output.index].first_token_s = now
+            at = self._open.get((output.request_id, output.index))
+            if output.tokens and at is not None and at.first_token_s is None:
+                at.first_token_s = now
             if output.finish is not None:
-                ended.append(_times(self._open.pop((output.request_id, output.index)), now))
+                self._open.pop((output.request_id, output.index), None)
+                ended.append(SequenceTimes() if at is None else _times(at, now))
         return ended
 
 

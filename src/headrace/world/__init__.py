@@ -6,7 +6,7 @@ know messages, requests or models, and imports no torch.
 
 from headrace.world.network import ConnectFailed, Connection, ConnectionLost, Handler, Listener, Network
 from headrace.world.random import RandomStreams
-from headrace.world.world import TraceValue, World, real_world
+from headrace.world.world import Memory, TraceValue, World, real_world
 
 __all__ = [
     "ConnectFailed",
@@ -14,6 +14,7 @@ __all__ = [
     "ConnectionLost",
     "Handler",
     "Listener",
+    "Memory",
     "Network",
     "RandomStreams",
     "TraceValue",

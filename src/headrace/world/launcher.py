@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 KILL_TIMEOUT_S = 10.0
 """How long the kernel may take to end a killed process: one that waits for a disk ends late."""
@@ -121,6 +122,16 @@ def die_with_parent(parent_pid: int) -> None:
             raise OSError(error, f"cannot ask to be killed with the parent process: {os.strerror(error)}")
     if os.getppid() != parent_pid:  # it ended before the kernel knew of the wish
         os._exit(1)
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` even if cancelled meanwhile; the cancellation is raised after it."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _ending(code: int) -> str:

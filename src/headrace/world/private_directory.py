@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-_LONGEST_PARENT = 80
+_LONGEST_PARENT = 60
 """Characters of a path that leave room for a socket's name in the 107 that the system allows."""
 
 _LOCK = "lock"

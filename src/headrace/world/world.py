@@ -9,14 +9,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from headrace.world.network import Network
 from headrace.world.random import RandomStreams
+from headrace.world.shared_memory import open_shared_memory
 from headrace.world.streams import StreamNetwork
 
 if TYPE_CHECKING:
     from headrace.world.credentials import Credentials
+
+
+class Memory(Protocol):
+    """Memory that another process made."""
+
+    buffer: memoryview
+
+    def close(self) -> None:
+        """Let go of it."""
+
 
 TraceValue = str | int | float | bool | bytes | None
 
@@ -36,6 +47,9 @@ class World:
 
     A simulation hashes the events, so that two runs of one seed can be compared; production drops them.
     """
+
+    open_memory: Callable[[str, int], Memory] = open_shared_memory
+    """The memory of another process of this host, by its path and size. Raises OSError."""
 
     def now(self) -> float:
         """The running loop's clock in seconds: monotonic, of no particular origin."""

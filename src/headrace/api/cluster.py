@@ -1,0 +1,108 @@
+"""What the cluster is doing, for operators: its workers, the ways of requests, and how to empty a worker.
+
+In: the gateway's registry and journeys. Out: JSON, which `headrace status`, `explain` and `drain` print.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from headrace.api.answers import ClusterAnswer, DrainAnswer, JourneysAnswer, errors
+from headrace.api.errors import ApiError
+from headrace.api.served import Server
+from headrace.cluster.journey import Journey
+from headrace.cluster.registry import Member
+
+_ID_PREFIXES = ("cmpl-", "chatcmpl-")
+
+
+def cluster_routes(server: Server) -> APIRouter:
+    router = APIRouter()
+    gateway = server.gateway
+
+    @router.get("/cluster", responses={200: {"model": ClusterAnswer}})
+    async def cluster() -> Response:
+        """The gateway's state and every worker that it knows."""
+        now = asyncio.get_running_loop().time()
+        workers = [_worker(member, now) for member in gateway.registry]
+        return _json({"state": gateway.state, "open_sequences": gateway.open_samples, "workers": workers})
+
+    @router.get("/cluster/requests/{request_id}", responses={200: {"model": JourneysAnswer}, **errors(404)})
+    async def explain(request_id: str) -> Response:
+        """What happened to one of the last requests, by the id in its answer; one way for each prompt."""
+        name = request_id
+        for prefix in _ID_PREFIXES:
+            name = name.removeprefix(prefix)
+        found = gateway.journeys.of(name)
+        if not found:
+            raise ApiError(
+                404,
+                f"nothing is known of a request {request_id!r}; the last {gateway.journeys.most} are kept",
+            )
+        return _json({"requests": [_journey(journey) for journey in found]})
+
+    @router.post(
+        "/cluster/workers/{worker_id}/drain",
+        responses={200: {"model": DrainAnswer}, **errors(404, 408, 413, 422)},
+    )
+    async def drain(worker_id: str) -> Response:
+        """Give a worker nothing new, and have it leave when what it has is over."""
+        member = gateway.registry.get(worker_id)
+        if member is None or not member.is_live:
+            raise ApiError(404, f"there is no worker {worker_id!r}; GET /cluster lists those that there are")
+        gateway.drain_worker(member)
+        return _json({"id": worker_id, "state": member.state, "open_sequences": member.open_samples})
+
+    return router
+
+
+def _worker(member: Member, now: float) -> dict[str, Any]:
+    info, stats = member.info, member.stats
+    live = member.is_live
+    return {
+        "id": member.worker_id,
+        "role": info.role,
+        "state": member.state,
+        "why": member.why_down or None,
+        "generation": f"{info.generation:016x}",
+        "heard_s_ago": round(now - member.heard_s, 3),
+        "step": max(member.step, stats.step if stats is not None else 0),
+        "engine_silent_s": round(member.engine_silent_s, 3),
+        "open_sequences": member.open_samples,
+        "prefills": member.exports,
+        "running": stats.running if stats is not None and live else 0,
+        "waiting": stats.waiting if stats is not None and live else 0,
+        "blocks": {
+            "total": info.engine.num_blocks,
+            "held": stats.blocks_held if stats is not None and live else 0,
+            "leased": stats.blocks_leased if stats is not None and live else 0,
+            "quarantined": stats.blocks_quarantined if stats is not None and live else 0,
+            "cached": stats.blocks_cached if stats is not None and live else 0,
+        },
+        "model": info.engine.model,
+        "revision": info.engine.revision,
+        "numerics": info.engine.numerics,
+        "kv_layout": info.engine.kv_layout,
+        "threads": info.engine.threads,
+        "pid": info.engine.pid,
+    }
+
+
+def _journey(journey: Journey) -> dict[str, Any]:
+    return {
+        "id": journey.request_id,
+        "prompt_tokens": journey.prompt_tokens,
+        "events": [
+            {"at_s": round(e.at_s, 6), "what": e.what, "worker": e.worker or None, "detail": e.detail}
+            for e in journey.entries
+        ],
+    }
+
+
+def _json(answer: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(answer), media_type="application/json")

@@ -1,0 +1,76 @@
+"""The workers that a local server starts: which ones, with what options, and how each process is launched.
+
+In: what the command line asked for. Out: launchers by name, for a `LocalCluster`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from headrace.config import EngineOptions
+from headrace.protocol.messages import Role
+from headrace.worker.options import WorkerOptions
+from headrace.worker.process import ENGINE_COMMAND, ProcessOptions
+from headrace.world.launcher import Launcher, LocalLauncher
+
+WORKER_COMMAND = (sys.executable, "-m", "headrace.worker.process")
+ALONE = "engine"
+"""What the only worker of a server is called."""
+
+_CACHE_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """How many workers of each role; without any, one does everything."""
+
+    prefill: int = 0
+    decode: int = 0
+    both: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prefill and not (self.decode or self.both):
+            raise ValueError("workers that only prefill need others that decode; add --decode")
+
+    def roles(self) -> dict[str, Role]:
+        """Each worker's name and role."""
+        counts = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.BOTH: self.both}
+        roles = {f"{role}-{number}": role for role, count in counts.items() for number in range(1, count + 1)}
+        return roles or {ALONE: Role.BOTH}
+
+
+def launchers(
+    pools: Pools,
+    options: EngineOptions,
+    say: Callable[[str], None],
+    *,
+    engine_command: tuple[str, ...] = ENGINE_COMMAND,
+) -> Mapping[str, Launcher]:
+    """A launcher for each worker. Cores are shared out evenly; `say` gets what the processes print."""
+    roles = pools.roles()
+    if len(roles) > 1:
+        options = msgspec.structs.replace(
+            options,
+            threads=max(1, options.threads // len(roles)),
+            shared_kv=True,
+            cache_key=os.urandom(_CACHE_KEY_BYTES),
+        )
+    engine = msgspec.Raw(msgspec.json.encode(options))
+    found: dict[str, Launcher] = {}
+    for name, role in roles.items():
+        process = ProcessOptions(
+            worker=WorkerOptions(worker_id=name, role=role),
+            engine=engine,
+            engine_command=engine_command,
+        )
+        found[name] = LocalLauncher(WORKER_COMMAND, msgspec.json.encode(process), _prefixed(say, name))
+    return found
+
+
+def _prefixed(say: Callable[[str], None], name: str) -> Callable[[str], None]:
+    return lambda line: say(f"{name}: {line}")

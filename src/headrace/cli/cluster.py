@@ -1,0 +1,136 @@
+"""`headrace status`, `explain` and `drain`: what a running server's cluster does, from outside."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Annotated, Any
+
+import typer
+
+from headrace.cli.errors import clear_errors
+
+TIMEOUT_S = 10.0
+
+Url = Annotated[str, typer.Option(help="The server's address.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="HEADRACE_API_KEY", help="Key to send.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Show the workers of a running server: role, state, load, blocks."""
+    with clear_errors():
+        answer = _ask(url, "/cluster", api_key)
+        if as_json:
+            print(json.dumps(answer, indent=2))
+        else:
+            _show_status(answer)
+
+
+def explain(
+    request: Annotated[str, typer.Argument(help="The id in the request's answer.", show_default=False)],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what happened to REQUEST: where it went, what was transferred, how it ended."""
+    with clear_errors():
+        answer = _ask(url, f"/cluster/requests/{urllib.parse.quote(request, safe='')}", api_key)
+        if as_json:
+            print(json.dumps(answer, indent=2))
+            return
+        for one in answer["requests"]:
+            for line in journey_lines(one):
+                print(line)
+
+
+def drain(
+    worker: Annotated[
+        str, typer.Argument(help="The worker's name, as `status` shows it.", show_default=False)
+    ],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Let WORKER finish what it has, give it nothing new, and have it leave."""
+    with clear_errors():
+        path = f"/cluster/workers/{urllib.parse.quote(worker, safe='')}/drain"
+        answer = _ask(url, path, api_key, method="POST")
+        print(f"{worker} drains: {answer['open_sequences']} sequences to end", file=sys.stderr)
+
+
+def journey_lines(journey: dict[str, Any]) -> list[str]:
+    """One request's way in words, an event a line."""
+    lines = [f"request {journey['id']}, {journey['prompt_tokens']} prompt tokens"]
+    for event in journey["events"]:
+        where = f" [{event['worker']}]" if event["worker"] else ""
+        detail = ", ".join(_detail(name, value) for name, value in event["detail"].items())
+        lines.append(
+            f"  {event['at_s'] * 1e3:9.1f} ms  {event['what']}{where}{f'  ({detail})' if detail else ''}"
+        )
+    return lines
+
+
+def _detail(name: str, value: str | int | float) -> str:
+    if name == "why":
+        return str(value)
+    if name == "bytes" and isinstance(value, int):
+        return f"{value / 2**20:.1f} MiB"
+    if name.endswith("_s") and isinstance(value, int | float):
+        return f"{name.removesuffix('_s').replace('_', ' ')} {value * 1e3:.1f} ms"
+    return f"{name.replace('_', ' ')} {value}"
+
+
+def _show_status(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{answer['state']}, {answer['open_sequences']} sequences open", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("WORKER", "ROLE", "STATE"):
+        table.add_column(heading)
+    for heading in ("RUNNING", "WAITING", "PREFILLS", "KV HELD", "KV LEASED", "STEP", "HEARD"):
+        table.add_column(heading, justify="right")
+    for worker in answer["workers"]:
+        blocks = worker["blocks"]
+        table.add_row(
+            worker["id"],
+            worker["role"],
+            worker["state"] + (f": {worker['why']}" if worker["why"] else ""),
+            f"{worker['running']}",
+            f"{worker['waiting']}",
+            f"{worker['prefills']}",
+            f"{blocks['held'] / blocks['total']:.0%}",
+            f"{blocks['leased'] / blocks['total']:.0%}",
+            f"{worker['step']}",
+            f"{worker['heard_s_ago']:.1f} s",
+        )
+    console.print(table)
+
+
+def _ask(url: str, path: str, api_key: str | None, *, method: str = "GET") -> dict[str, Any]:
+    """The answer to one request. Raises OSError with what the server said is wrong."""
+    base = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(base + path, method=method, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        raise OSError(_said(error)) from None
+    except urllib.error.URLError as error:
+        raise OSError(f"no server answers at {base}: {error.reason}") from None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.url} answered {error.code}"

@@ -1,0 +1,172 @@
+"""The gateway's part of a handoff: it brings a request's home and its prefill worker together.
+
+    RESERVING ──home has reserved──▶ PREFILLING ──first token──▶ AT_HOME
+        │ declined, or no prefill worker      │ prefill lost, refused, failed; the pull failed
+        └──────────────▶ AT_HOME ◀────────────┘   (the home computes the prompt itself)
+
+Whatever fails, the home ends up with one `Begin`, with the tokens that are known by then.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from headrace.cluster.journey import Journey
+from headrace.cluster.ledger import Accepted, Leg, Stage
+from headrace.cluster.options import SplitPolicy
+from headrace.cluster.placement import choose_prefill
+from headrace.cluster.registry import Member, Registry
+from headrace.protocol.handoff import Leg as LegKind
+from headrace.protocol.messages import (
+    Begin,
+    Cancel,
+    ExportEnded,
+    ExportOffered,
+    Fetch,
+    FromGateway,
+    FromWorker,
+    ImportDeclined,
+    ImportReserved,
+    ImportSettled,
+    SequenceTimes,
+    Submit,
+)
+from headrace.protocol.requests import FinishReason, SequenceOutput
+from headrace.world import World
+
+
+class Desk(Protocol):
+    """What the gateway does for a handoff."""
+
+    _world: World
+
+    def accepted_of(self, leg_name: str) -> Accepted | None: ...
+    def open_leg(self, accepted: Accepted, name: str, member: Member) -> Leg: ...
+    def leave_prefill(self, accepted: Accepted) -> None: ...
+    def post(self, member: Member, message: FromGateway) -> None: ...
+    def deliver(
+        self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None = None
+    ) -> None: ...
+    def handed_over(self, settled: ImportSettled) -> None: ...
+
+
+class Handoffs:
+    """All handoffs of one gateway; what it knows of each is in the ledger."""
+
+    def __init__(self, policy: SplitPolicy, registry: Registry, desk: Desk) -> None:
+        self._policy = policy
+        self._registry = registry
+        self._desk = desk
+
+    def choose(self, home: Member) -> Member | None:
+        """Who would prefill for a home now."""
+        return choose_prefill(self._registry.live(), home, self._policy)
+
+    def heard(self, message: FromWorker) -> None:
+        """A worker says something about one of its legs; of legs that are over, nothing counts."""
+        match message:
+            case ImportReserved(request_id=name, cached_tokens=cached):
+                if (accepted := self._home_of(name)) is not None and accepted.stage is Stage.RESERVING:
+                    self._note(accepted, "reserved", cached_tokens=cached)
+                    self._start_prefill(accepted)
+            case ImportDeclined(request_id=name, cached_tokens=cached):
+                if (accepted := self._home_of(name)) is not None:
+                    accepted.stage = Stage.AT_HOME
+                    self._note(accepted, "prefilled at home, which has most of it", cached_tokens=cached)
+            case ExportOffered(request_id=name, ticket=ticket):
+                accepted = self._desk.accepted_of(name)
+                if accepted is not None and accepted.home is not None:
+                    self._desk.post(accepted.home.member, Fetch(accepted.home.name, ticket))
+            case ImportSettled(request_id=name) as settled:
+                if (accepted := self._home_of(name)) is not None:
+                    self._settled(accepted, settled)
+            case ExportEnded(request_id=name):
+                accepted = self._desk.accepted_of(name)
+                if accepted is not None and accepted.prefill is not None and accepted.prefill.name == name:
+                    self._desk.leave_prefill(accepted)
+
+    def _start_prefill(self, accepted: Accepted) -> None:
+        home = accepted.home
+        if home is None:
+            raise RuntimeError("a request without a home is to be prefilled")
+        member = self.choose(home.member)
+        if member is None:
+            self._note(accepted, "no prefill worker has room")
+            self._begin(accepted, [])
+            return
+        name = f"{home.name}/p"
+        accepted.prefill = self._desk.open_leg(accepted, name, member)
+        accepted.stage = Stage.PREFILLING
+        member.exports += 1
+        request = msgspec.structs.replace(accepted.request, request_id=name)
+        self._desk.post(member, Submit(request, leg=LegKind.EXPORT))
+        self._note(accepted, "prefill placed", member.worker_id)
+
+    def prefilled(
+        self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None
+    ) -> None:
+        """The prefill worker brings the first token, or an ending."""
+        if accepted.stage is not Stage.PREFILLING:
+            return
+        finish = output.finish
+        if finish is not None and finish.reason in (FinishReason.ERROR, FinishReason.CANCELLED):
+            why = finish.error.message if finish.error is not None else str(finish.reason)
+            self._note(accepted, "prefill failed", why=why)
+            self.prefill_over(accepted)
+            return
+        home = accepted.home
+        if home is None:
+            raise RuntimeError("a prompt was prefilled for a request without a home")
+        if finish is not None:  # its first token was its last
+            self._desk.leave_prefill(accepted)
+            self._desk.post(home.member, Cancel(home.name, output.index))
+            home.member.open_samples -= output.index in accepted.samples
+            accepted.stage = Stage.AT_HOME
+            self._desk.deliver(accepted, output, now, times)
+            return
+        self._desk.deliver(accepted, output, now, times)
+        if accepted.home is home:
+            self._begin(accepted, list(output.tokens))
+
+    def _settled(self, accepted: Accepted, settled: ImportSettled) -> None:
+        self._desk.handed_over(settled)
+        if settled.imported:
+            self._note(
+                accepted,
+                "blocks transferred",
+                bytes=settled.bytes_moved,
+                blocks=settled.blocks,
+                wait_s=round(settled.wait_s, 6),
+                move_s=round(settled.move_s, 6),
+            )
+            return
+        self._note(accepted, "transfer failed", why=settled.reason)
+        self.prefill_over(accepted)
+
+    def prefill_over(self, accepted: Accepted) -> None:
+        """Nobody prefills for the home any more: what it does not have yet, it computes itself."""
+        self._desk.leave_prefill(accepted)
+        if accepted.stage is Stage.PREFILLING:
+            self._begin(accepted, [])
+
+    def _begin(self, accepted: Accepted, generated: list[int]) -> None:
+        if accepted.home is None:
+            raise RuntimeError("a request without a home is to begin")
+        accepted.stage = Stage.AT_HOME
+        self._desk.post(accepted.home.member, Begin(accepted.home.name, generated))
+
+    def _home_of(self, leg_name: str) -> Accepted | None:
+        accepted = self._desk.accepted_of(leg_name)
+        if accepted is None or accepted.home is None or accepted.home.name != leg_name:
+            return None
+        return accepted
+
+    def _note(self, accepted: Accepted, what: str, worker: str = "", **detail: str | int | float) -> None:
+        journey: Journey = accepted.journey
+        journey.note(self._desk._world.now(), what, worker or self._home_name(accepted), **detail)
+
+    @staticmethod
+    def _home_name(accepted: Accepted) -> str:
+        return accepted.home.member.worker_id if accepted.home is not None else ""

@@ -1,0 +1,56 @@
+"""Keeps a worker of this machine running: starts its process, and starts it again when it was killed.
+
+A worker restarts its own engine; when it ends by itself, with an exit code, it has given up and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from headrace.world import World
+from headrace.world.launcher import Launcher, to_the_end
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 30.0
+STABLE_AFTER_S = 60.0
+"""A worker that ran this long was lost by accident; the pause begins small again."""
+
+
+class WorkerLostError(Exception):
+    """A worker cannot be kept running; the text says how it ended."""
+
+
+class Keeper:
+    """One worker's process."""
+
+    def __init__(
+        self, world: World, name: str, launcher: Launcher, report: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """`report` gets a line whenever the process was lost and is started again."""
+        self._world = world
+        self._name = name
+        self._launcher = launcher
+        self._report = report
+
+    async def run(self, address: str) -> None:
+        """Keep the worker running, a member of the gateway at `address`, until it ends well.
+
+        Raises WorkerLostError when it gave up. Cancelled, it kills the process first.
+        """
+        losses = 0
+        while True:
+            began_s = self._world.now()
+            process = await self._launcher.launch(address)
+            try:
+                how = await process.wait()
+            finally:
+                await to_the_end(process.kill())
+            if how == "exit code 0":
+                return
+            if how.startswith("exit code"):
+                raise WorkerLostError(f"{self._name} gave up with {how}")
+            losses = 1 if self._world.now() - began_s >= STABLE_AFTER_S else losses + 1
+            pause_s = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
+            self._report(f"{self._name} was lost with {how}; starting it again in {pause_s:g} s")
+            await asyncio.sleep(pause_s)

@@ -1,0 +1,151 @@
+"""The workers of a cluster as the gateway knows them. Soft state: all of it comes from what they announce.
+
+State    | enters it by                                         | gets new requests
+---------|------------------------------------------------------|----------------------------
+UP       | registration; a word after a silence                 | yes
+SUSPECT  | silence of `suspect_after_s`                         | where no other can
+DRAINING | its own word                                         | no
+DOWN     | connection lost, silence of `lapse_s`, its goodbye   | no; known for a while yet
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from headrace.cluster.options import GatewayOptions
+from headrace.protocol.channel import Channel
+from headrace.protocol.messages import EngineInfo, FromWorker, StepStats, WorkerInfo
+
+
+class MemberState(enum.StrEnum):
+    UP = "up"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    DOWN = "down"
+
+
+class Unfit(Exception):
+    """A worker that cannot be part of this cluster; the text names what does not fit."""
+
+
+class NameTaken(Unfit):
+    """A worker of this name was heard a moment ago: another one, or one that was restarted since."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One registered worker, for one life of its engine."""
+
+    info: WorkerInfo
+    channel: Channel[FromWorker]
+    heard_s: float
+    state: MemberState = MemberState.UP
+    why_down: str = ""
+    down_s: float = 0.0
+    step: int = 0
+    engine_silent_s: float = 0.0
+    stats: StepStats | None = None
+    legs: set[str] = field(default_factory=set)
+    """Attempts that run there, exports included."""
+    open_samples: int = 0
+    """Samples of these that have not ended."""
+    exports: int = 0
+    """Prompts that it is to prefill for others."""
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def most_samples(self) -> int:
+        return self.info.engine.max_num_seqs + self.info.engine.max_waiting
+
+    @property
+    def room(self) -> int:
+        return self.most_samples - self.open_samples
+
+    @property
+    def load(self) -> float:
+        """Open samples against those that run at once."""
+        return self.open_samples / self.info.engine.max_num_seqs
+
+    @property
+    def is_live(self) -> bool:
+        return self.state is not MemberState.DOWN
+
+    @property
+    def takes_more(self) -> bool:
+        return self.state in (MemberState.UP, MemberState.SUSPECT)
+
+
+_SAME = ("model", "revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")
+
+
+class Registry:
+    """Members by name."""
+
+    def __init__(self, options: GatewayOptions) -> None:
+        self._options = options
+        self._members: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def live(self) -> Iterable[Member]:
+        return (member for member in self if member.is_live)
+
+    def get(self, worker_id: str) -> Member | None:
+        return self._members.get(worker_id)
+
+    def register(self, info: WorkerInfo, channel: Channel[FromWorker], now: float) -> Member | None:
+        """Take a worker in; returns the former member of its name, still live, that it takes the place of.
+
+        Raises Unfit.
+        """
+        former = self._members.get(info.worker_id)
+        if former is not None and not former.is_live:
+            former = None
+        if former is not None and now - former.heard_s <= 2 * self._options.heartbeat_s:
+            raise NameTaken(f"another worker is called {info.worker_id!r}; give each its own name")
+        for other in self.live():
+            if other is not former:
+                _check_fit(info, other.info)
+        self._members[info.worker_id] = Member(info, channel, now)
+        return former
+
+    def down(self, member: Member, why: str, now: float) -> None:
+        """A member is gone; it stays known for a while, as one that may come back."""
+        member.state = MemberState.DOWN
+        member.why_down, member.down_s = why, now
+        for other in list(self):
+            if not other.is_live and now - other.down_s > self._options.replay_timeout_s:
+                del self._members[other.worker_id]
+
+    def expects_other(self, than: Member, now: float) -> bool:
+        """Whether another worker decodes, or may do so again soon."""
+        return any(
+            other.info.role.decodes
+            and (other.is_live or now - other.down_s <= self._options.replay_timeout_s)
+            for other in self
+            if other is not than and other.worker_id != than.worker_id
+        )
+
+
+def _check_fit(info: WorkerInfo, other: WorkerInfo) -> None:
+    """Whoever may continue the other's requests must compute the same from the same bytes."""
+    names = [*_SAME, "numerics"] if info.engine.batch_invariant else [*_SAME]
+    for name in names:
+        ours, theirs = getattr(info.engine, name), getattr(other.engine, name)
+        if ours != theirs:
+            raise Unfit(f"its {_words(name)} is {ours}, and that of {other.worker_id} is {theirs}")
+
+
+def _words(name: str) -> str:
+    return {"kv_layout": "KV block layout", "revision": "model revision"}.get(name, name.replace("_", " "))
+
+
+def reference(members: Iterable[Member]) -> EngineInfo | None:
+    """What the live engines have in common, read from any of them."""
+    return next((member.info.engine for member in members), None)

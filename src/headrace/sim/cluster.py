@@ -1,0 +1,246 @@
+"""A whole cluster in one simulated run: a gateway, workers with hash engines, and ways to hurt them.
+
+In: the shape of the cluster. Out: the real gateway, supervisors, engines and transfers on simulated hosts,
+and what must hold of them whatever happened. Only executors, network and launcher are simulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from headrace.cluster import Gateway, GatewayObserver
+from headrace.cluster.options import GatewayOptions, SplitPolicy
+from headrace.engine import Engine, SchedulerConfig
+from headrace.protocol.engine_messages import PoolInfo
+from headrace.protocol.messages import EngineInfo, Role
+from headrace.protocol.requests import GenerateRequest
+from headrace.sim.hash_executor import Expected, HashExecutor, expected, hash_engine, model_of
+from headrace.sim.launcher import TaskLauncher
+from headrace.sim.network import Crash
+from headrace.sim.simulation import Simulation
+from headrace.worker import Supervisor, WorkerOptions, serve
+from headrace.world import World
+
+GATEWAY = "gateway"
+GATEWAY_ADDRESS = f"{GATEWAY}:7000"
+ENGINE_PORT = 7100
+
+_KEY = b"the cluster's key"
+
+
+@dataclass(frozen=True)
+class EngineShape:
+    """What each engine is like. Times in seconds of virtual time."""
+
+    max_model_len: int = 256
+    vocab_size: int = 1000
+    eos_token_ids: frozenset[int] = frozenset({7})
+    max_num_seqs: int = 6
+    max_num_batched_tokens: int = 32
+    max_waiting: int = 100
+    num_blocks: int = 80
+    block_size: int = 4
+    step_s: float = 0.004
+    token_s: float = 0.0005
+
+    def build(self) -> Engine:
+        config = SchedulerConfig(
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=self.max_waiting,
+        )
+        return hash_engine(
+            config,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            step_s=self.step_s,
+            token_s=self.token_s,
+            key=_KEY,
+        )
+
+    def info(self, block_bytes: int) -> EngineInfo:
+        return EngineInfo(
+            model="hash",
+            revision="0",
+            numerics="exact",
+            dtype="uint64",
+            batch_invariant=True,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=self.max_waiting,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            block_bytes=block_bytes,
+            weight_bytes=0,
+            prefix_caching=True,
+            kv_layout=f"hash values, {block_bytes} bytes a block",
+            threads=1,
+            pid=1,
+        )
+
+
+class SharedBytes:
+    """An engine's memory as its supervisor opens it."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+
+    def close(self) -> None:
+        self.buffer = memoryview(b"")
+
+
+@dataclass(eq=False)
+class SimWorker:
+    """One worker on a host of its own."""
+
+    cluster: SimCluster
+    name: str
+    role: Role
+    engine: Engine | None = None
+    """The engine that runs, or the last one."""
+    supervisor: Supervisor | None = None
+    task: asyncio.Task[None] | None = None
+    engines: list[Engine] = field(default_factory=list)
+    crashed: bool = False
+    _launcher: TaskLauncher | None = None
+
+    def start(self) -> None:
+        """Start the worker on its host."""
+        world = self.cluster.simulation.world(self.name)
+        self._launcher = TaskLauncher(lambda address: self._live(world, address))
+        options = WorkerOptions(
+            worker_id=self.name,
+            join=(GATEWAY_ADDRESS,),
+            role=self.role,
+            data_address=f"{self.name}:0",
+            lease_s=self.cluster.lease_s,
+            step_timeout_s=5.0,
+        )
+        self.supervisor = Supervisor(world, options, self._launcher, f"{self.name}:{ENGINE_PORT}")
+        self.task = asyncio.create_task(self.supervisor.run(), name=self.name)
+
+    async def _live(self, world: World, address: str) -> None:
+        """One engine, from start to end."""
+        engine = self.engine = self.cluster.shape.build()
+        self.engines.append(engine)
+        executor = engine.executor
+        if not isinstance(executor, HashExecutor):
+            raise TypeError("a simulated worker computes hashes")
+        path = f"{self.name}/{len(self.engines)}"
+        memory = executor.memory()
+        self.cluster.simulation.memories[path] = SharedBytes(memory)
+        info = self.cluster.shape.info(executor.block_bytes)
+        pool = PoolInfo(path, memory.nbytes, executor.block_bytes, self.cluster.shape.block_size)
+        await serve(world, address, engine, info, pool)
+
+    def kill_engine(self) -> None:
+        """The engine's process dies; its supervisor lives."""
+        if self._launcher is not None and self._launcher.processes:
+            self._launcher.processes[-1].task.cancel()
+
+    async def slow_down(self, factor: float | None, for_s: float) -> None:
+        """Let steps that begin within `for_s` take `factor` times as long; None: `for_s`, as if it froze."""
+        engine = self.engine
+        if engine is not None and isinstance(engine.executor, HashExecutor):
+            engine.executor.step_s = for_s if factor is None else self.cluster.shape.step_s * factor
+            await asyncio.sleep(for_s)
+            engine.executor.step_s = self.cluster.shape.step_s
+
+    async def crash(self, how: Crash = Crash.RESET) -> None:
+        """The whole machine dies."""
+        self.crashed = True
+        self.cluster.simulation.network.crash_host(self.name, how)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End what runs there, without a word."""
+        tasks = [self.task] if self.task is not None else []
+        if self._launcher is not None:
+            tasks += [process.task for process in self._launcher.processes]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.task = None
+
+    def restart(self) -> None:
+        """Bring a crashed machine back."""
+        self.crashed = False
+        self.cluster.simulation.network.restart_host(self.name)
+        self.start()
+
+
+class SimCluster:
+    """A gateway and workers, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        roles: dict[str, Role],
+        *,
+        shape: EngineShape | None = None,
+        split: SplitPolicy | None = None,
+        lease_s: float = 5.0,
+        observer: GatewayObserver | None = None,
+    ) -> None:
+        self.simulation = simulation
+        self.shape = shape or EngineShape()
+        self.lease_s = lease_s
+        self.options = GatewayOptions(
+            split=split or SplitPolicy(prompt_length_threshold=12),
+            heartbeat_s=0.2,
+            suspect_after_s=0.6,
+            lapse_s=1.5,
+            replay_timeout_s=20.0,
+        )
+        self.gateway = Gateway(simulation.world(GATEWAY), observer, self.options)
+        self.workers = {name: SimWorker(self, name, role) for name, role in roles.items()}
+
+    async def start(self) -> None:
+        """Start everything and wait until all workers are members."""
+        await self.gateway.listen(GATEWAY_ADDRESS)
+        for worker in self.workers.values():
+            worker.start()
+        await self.gateway.wait_ready(len(self.workers))
+
+    async def stop(self) -> None:
+        await self.gateway.drain(0.0)
+        await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
+
+    def expected(self, request: GenerateRequest, index: int = 0) -> Expected:
+        """What a sample produces when nothing disturbs it."""
+        engine = next(worker.engine for worker in self.workers.values() if worker.engine is not None)
+        return expected(request, index, model_of(engine), self.shape.max_model_len)
+
+    async def settle(self, timeout_s: float = 60.0) -> None:
+        """Wait until nothing is open or held anywhere; raises AssertionError naming what still is."""
+        deadline = self.simulation.loop.time() + timeout_s
+        while (left := self.leftovers()) and self.simulation.loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        if left:
+            raise AssertionError(f"after {timeout_s:g} s there is still: {'; '.join(left)}")
+
+    def leftovers(self) -> list[str]:
+        """What is open, held or owed anywhere, in words."""
+        found = []
+        if self.gateway.open_samples:
+            found.append(f"the gateway has {self.gateway.open_samples} open samples")
+        found += [
+            f"the gateway's books for {member.worker_id} have {len(member.legs)} legs, "
+            f"{member.open_samples} samples, {member.exports} exports"
+            for member in self.gateway.registry.live()
+            if member.legs or member.open_samples or member.exports
+        ]
+        for worker in self.workers.values():
+            if worker.engine is None or worker.task is None:
+                continue
+            pool = worker.engine.scheduler.cache.pool
+            pool.check()
+            held = {"held": pool.held, "leased": pool.leased, "quarantined": pool.quarantined}
+            found += [f"{worker.name} has {count} blocks {what}" for what, count in held.items() if count]
+        return found

@@ -1,0 +1,135 @@
+"""Faults for a simulated cluster: what can go wrong, and when, drawn from a seed.
+
+In: a random stream and the names of workers. Out: a list of `Fault`s, plain data in order of time, and the
+means to make each happen. A list can be written down, shortened and played again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.sim.cluster import GATEWAY, SimCluster
+from headrace.sim.network import Crash
+
+
+class Kind(enum.StrEnum):
+    CRASH = "crash"
+    """A worker's machine resets its connections and starts again after `for_s`."""
+    END = "end"
+    """The same, with connections that end in order."""
+    POWER = "power"
+    """The same, silently."""
+    ENGINE = "engine"
+    """A worker's engine process dies; its supervisor starts another."""
+    CUT = "cut"
+    """Nothing passes between two hosts for `for_s`."""
+    CUT_ONE_WAY = "cut one way"
+    BREAK = "break"
+    """All connections between two hosts break."""
+    BREAK_LATER = "break later"
+    """One connection between two hosts breaks after `amount` bytes, perhaps in the middle of a block."""
+    CORRUPT = "corrupt"
+    """One byte from one worker to another changes on the way, `amount` bytes from now."""
+    SLOW = "slow"
+    """A worker's steps take `amount` times as long for `for_s`."""
+    FREEZE = "freeze"
+    """A worker's engine ends no step for `for_s`."""
+    DRAIN = "drain"
+    """A worker is drained, leaves, and starts again after `for_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault. Times in seconds since the load began."""
+
+    at_s: float
+    kind: Kind
+    where: str
+    other: str = ""
+    for_s: float = 0.0
+    amount: int = 0
+
+
+DRAIN_TIMEOUT_S = 20.0
+
+_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER)
+
+
+def draw(generator: random.Random, workers: Sequence[str], count: int, within_s: float) -> list[Fault]:
+    """`count` faults at random times, of random kinds, at random places."""
+    faults = []
+    for _ in range(count):
+        kind = generator.choice(list(Kind))
+        where = generator.choice(list(workers))
+        other = ""
+        if kind is Kind.CORRUPT:  # of the control channel TLS takes care; bytes of blocks have checksums
+            other = generator.choice([name for name in workers if name != where] or [where])
+        elif kind in _BETWEEN:
+            other = generator.choice([GATEWAY, *(name for name in workers if name != where)])
+        faults.append(
+            Fault(
+                generator.uniform(0, within_s),
+                kind,
+                where,
+                other,
+                generator.choice([0.05, 0.3, 1.0, 4.0]),
+                generator.choice([0, 100, 700, 2000, 10_000]) if kind is not Kind.SLOW else 20,
+            )
+        )
+    return sorted(faults, key=lambda fault: fault.at_s)
+
+
+async def play(cluster: SimCluster, faults: Sequence[Fault]) -> None:
+    """Make the faults happen, each at its time; returns when all are over."""
+    began_s = cluster.simulation.loop.time()
+
+    async def one(fault: Fault) -> None:
+        await asyncio.sleep(began_s + fault.at_s - cluster.simulation.loop.time())
+        cluster.simulation.loop.trace("fault", fault.kind, fault.where, fault.other, fault.amount)
+        await make(cluster, fault)
+
+    async with asyncio.TaskGroup() as group:
+        for fault in faults:
+            group.create_task(one(fault))
+
+
+async def make(cluster: SimCluster, fault: Fault) -> None:
+    """Make one fault happen, and undo it after its time. To a worker that is down, nothing happens."""
+    network, worker = cluster.simulation.network, cluster.workers[fault.where]
+    match fault.kind:
+        case Kind.CRASH | Kind.END | Kind.POWER:
+            if worker.task is not None:
+                await worker.crash(_CRASHES[fault.kind])
+                await asyncio.sleep(fault.for_s)
+                worker.restart()  # nothing else does, while it is crashed
+        case Kind.ENGINE:
+            worker.kill_engine()
+        case Kind.CUT | Kind.CUT_ONE_WAY:
+            network.partition(fault.where, fault.other, one_way=fault.kind is Kind.CUT_ONE_WAY)
+            await asyncio.sleep(fault.for_s)
+            network.heal(fault.where, fault.other)
+        case Kind.BREAK:
+            network.break_connections(fault.where, fault.other)
+        case Kind.BREAK_LATER:
+            network.break_connections(fault.where, fault.other, after_bytes=fault.amount)
+        case Kind.CORRUPT:
+            network.corrupt(fault.where, fault.other, after_bytes=fault.amount)
+        case Kind.SLOW | Kind.FREEZE:
+            await worker.slow_down(float(fault.amount) if fault.kind is Kind.SLOW else None, fault.for_s)
+        case Kind.DRAIN:
+            task = worker.task
+            if task is not None and worker.supervisor is not None:
+                worker.supervisor.drain()
+                await asyncio.wait({task}, timeout=DRAIN_TIMEOUT_S)
+                if worker.task is task:
+                    await worker.stop()
+                    await asyncio.sleep(fault.for_s)
+                    if worker.task is None and not worker.crashed:
+                        worker.start()
+
+
+_CRASHES = {Kind.CRASH: Crash.RESET, Kind.END: Crash.END, Kind.POWER: Crash.SILENT}

@@ -1,0 +1,276 @@
+"""The source's side: leases on exported blocks, and whoever reads them.
+
+In: what the engine says of its exports. Out: blocks to whoever has a ticket, and to the engine, exactly once
+for each export, that nothing touches its blocks any more. It must not know requests beyond their ids.
+
+State       | enters it by                                        | its blocks
+------------|-----------------------------------------------------|-------------------------------------
+QUEUED      | `offer`                                             | none yet
+RUNNING     | `computed`                                          | those computed may be read
+HELD        | `held`; the lease runs from here                    | all may be read
+QUARANTINED | `drop`, or the lease has expired, while one reads   | the engine keeps them out of use
+RELEASED    | confirmed, or dropped or expired and nobody reads   | the engine's again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from headrace.protocol.channel import Channel, ProtocolError
+from headrace.protocol.handoff import Computed, Exporting, Ticket
+from headrace.transfer.messages import (
+    Checksums,
+    Chunk,
+    Confirm,
+    Confirmed,
+    Denied,
+    FromTarget,
+    Want,
+)
+from headrace.transfer.pool import Pool
+from headrace.world import Connection, Listener, World
+
+LEASE_S = 30.0
+"""How long computed blocks wait to be fetched, by this machine's clock; far longer than a step."""
+
+ANSWER_TIMEOUT_S = 10.0
+"""How long a target may take to say what it wants, or to confirm."""
+
+CHUNK_BYTES = 8 << 20
+"""Blocks are sent together up to this size, or one by one above it."""
+
+_TOKEN_BYTES = 16
+
+
+class State(enum.StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    HELD = "held"
+    QUARANTINED = "quarantined"
+    RELEASED = "released"
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    request_id: str
+    token: bytes
+    state: State = State.QUEUED
+    positions: int = 0
+    blocks: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(KV group, number) to the place in the pool."""
+    reader: asyncio.Task[None] | None = None
+    expiry: asyncio.TimerHandle | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    how: str = ""
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Exports:
+    """All exports of one life of an engine, from `listen` to `close`."""
+
+    def __init__(
+        self,
+        world: World,
+        pool: Pool,
+        *,
+        worker_id: str,
+        generation: int,
+        released: Callable[[str, str], None],
+        lease_s: float = LEASE_S,
+    ) -> None:
+        """`released(request_id, how)` is called once for each export, when nothing touches its blocks."""
+        self._world = world
+        self._pool = pool
+        self._worker_id = worker_id
+        self._generation = generation
+        self._released = released
+        self._lease_s = lease_s
+        self._secret = world.random.stream("transfer tokens").randbytes(32)
+        self._numbers = 0
+        self._leases: dict[str, _Lease] = {}
+        self._by_token: dict[bytes, _Lease] = {}
+        self._listener: Listener | None = None
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Exports that are not released."""
+        return len(self._leases)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._leases
+
+    async def listen(self, address: str) -> None:
+        """Serve blocks at `address`. Raises OSError, ValueError."""
+        self._listener = await self._world.network.listen(address, self._serve, plain=True)
+
+    async def close(self) -> None:
+        """The engine's life is over: read no more, and say nothing of it."""
+        if self._listener is not None:
+            await self._listener.close()
+        for lease in self._leases.values():
+            self._stop_timer(lease)
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        self._leases.clear()
+        self._by_token.clear()
+
+    # ---- what the engine says ------------------------------------------------------------------------
+
+    def offer(self, event: Exporting) -> Ticket:
+        """An export was accepted: the ticket to fetch it with."""
+        if self._listener is None:
+            raise RuntimeError("exports are offered before blocks are served")
+        self._numbers += 1
+        token = blake2b(self._numbers.to_bytes(8, "big"), key=self._secret, digest_size=_TOKEN_BYTES).digest()
+        lease = _Lease(event.request_id, token)
+        self._leases[event.request_id] = self._by_token[token] = lease
+        return Ticket(
+            token=token,
+            address=self._listener.address,
+            worker_id=self._worker_id,
+            generation=self._generation,
+            kv_layout=self._pool.layout,
+            prompt_tokens=event.prompt_tokens,
+            identities=event.identities,
+        )
+
+    def computed(self, event: Computed) -> None:
+        """Further blocks of an export may be read."""
+        lease = self._leases.get(event.request_id)
+        if lease is None or lease.state not in (State.QUEUED, State.RUNNING):
+            return
+        self._become(lease, State.RUNNING)
+        lease.positions = event.positions
+        for span in event.spans:
+            for offset, block in enumerate(span.blocks):
+                lease.blocks[span.group, span.first + offset] = block
+        lease.tell()
+
+    def held(self, request_id: str) -> None:
+        """An export is complete: its lease begins."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.state in (State.QUEUED, State.RUNNING):
+            self._become(lease, State.HELD)
+            loop = asyncio.get_running_loop()
+            lease.expiry = loop.call_later(self._lease_s, self._end, lease, "expired")
+            lease.tell()
+
+    def drop(self, request_id: str) -> None:
+        """An export has ended in another way than by being fetched."""
+        if (lease := self._leases.get(request_id)) is not None:
+            self._end(lease, "dropped")
+
+    # ---- the end of a lease --------------------------------------------------------------------------
+
+    def _end(self, lease: _Lease, how: str) -> None:
+        """Nobody may read any more: release now, or when who reads has let go."""
+        if lease.state in (State.QUARANTINED, State.RELEASED):
+            return
+        lease.how = how
+        self._stop_timer(lease)
+        if lease.reader is None:
+            self._release(lease)
+        else:
+            self._become(lease, State.QUARANTINED)
+            lease.reader.cancel()
+
+    def _release(self, lease: _Lease) -> None:
+        self._become(lease, State.RELEASED)
+        self._stop_timer(lease)
+        del self._leases[lease.request_id]
+        del self._by_token[lease.token]
+        self._released(lease.request_id, lease.how)
+
+    def _become(self, lease: _Lease, state: State) -> None:
+        if lease.state is not state:
+            lease.state = state
+            self._world.trace("lease", lease.request_id, state)
+
+    def _stop_timer(self, lease: _Lease) -> None:
+        if lease.expiry is not None:
+            lease.expiry.cancel()
+            lease.expiry = None
+
+    # ---- who reads -----------------------------------------------------------------------------------
+
+    async def _serve(self, connection: Connection) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("blocks are served outside of a task")
+        self._readers.add(task)
+        channel: Channel[FromTarget] = Channel(connection, receives=FromTarget)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                want = await channel.receive()
+            if isinstance(want, Want):
+                await self._read(task, connection, channel, want)
+        except (ProtocolError, TimeoutError):
+            connection.abort()  # the target learns no more than that; it computes what it did not get
+        finally:
+            self._readers.discard(task)
+
+    async def _read(
+        self,
+        task: asyncio.Task[None],
+        connection: Connection,
+        channel: Channel[FromTarget],
+        want: Want,
+    ) -> None:
+        lease = self._by_token.get(want.token)
+        if lease is None or want.generation != self._generation:
+            channel.post(Denied("the blocks are not held here any more"))
+            return
+        if lease.reader is not None:
+            channel.post(Denied("the blocks are being fetched already"))
+            return
+        lease.reader = task
+        try:
+            if await self._send(lease, connection, channel, want):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    confirm = await channel.receive()
+                if isinstance(confirm, Confirm) and lease.state is State.HELD:
+                    lease.how = "confirmed"
+                    channel.post(Confirmed())
+        finally:
+            lease.reader = None
+            if lease.how and lease.state is not State.RELEASED:
+                self._release(lease)
+
+    async def _send(
+        self, lease: _Lease, connection: Connection, channel: Channel[FromTarget], want: Want
+    ) -> bool:
+        """Send the wanted blocks as they are computed, to the last; then wait until the export is held."""
+        names = [(group, first + i) for group, first, count in want.blocks for i in range(count)]
+        most = max(1, CHUNK_BYTES // self._pool.block_bytes)
+        sent = 0
+        while sent < len(names):
+            ready = sent
+            while ready < min(len(names), sent + most) and self._is_ready(lease, names[ready]):
+                ready += 1
+            if ready == sent:
+                if lease.state is State.HELD:
+                    channel.post(Denied(f"block {names[sent]} is no part of this export"))
+                    return False
+                await lease.changed.wait()
+                continue
+            places = [lease.blocks[name] for name in names[sent:ready]]
+            channel.post(Chunk(len(places)))
+            channel.post(Checksums(await connection.write_from(self._pool.views(places))))
+            sent = ready
+        while lease.state is not State.HELD:
+            await lease.changed.wait()
+        return True
+
+    def _is_ready(self, lease: _Lease, name: tuple[int, int]) -> bool:
+        """Whether a block is computed to its end: the last one of a prompt may be filled in part only."""
+        if name not in lease.blocks:
+            return False
+        return lease.state is State.HELD or (name[1] + 1) * self._pool.block_size <= lease.positions

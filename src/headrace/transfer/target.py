@@ -1,0 +1,116 @@
+"""The target's side: one pull, from a ticket to blocks that may be used.
+
+In: a ticket, and the reserved blocks. Out: the blocks filled and confirmed, or `TransferFailed`. When `fetch`
+has ended, in whatever way, nothing writes into the blocks any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from headrace.protocol.channel import Channel, ProtocolError
+from headrace.protocol.handoff import Reserved, Ticket
+from headrace.transfer.messages import Checksums, Chunk, Confirm, Confirmed, Denied, FromSource, Want
+from headrace.transfer.pool import Pool
+from headrace.world import ConnectFailed, Connection, ConnectionLost, World
+
+CONNECT_TIMEOUT_S = 5.0
+
+STALL_TIMEOUT_S = 10.0
+"""How long the bytes of a chunk, or an answer that needs no computation, may take to come."""
+
+
+class TransferFailed(Exception):
+    """The blocks did not come, or may not be used. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a pull moved and how long it took. Times in seconds."""
+
+    blocks: int
+    bytes_moved: int
+    wait_s: float
+    """Until the first block began to come."""
+    move_s: float
+    """From there to the confirmation."""
+
+
+async def fetch(world: World, pool: Pool, reserved: Reserved, ticket: Ticket) -> Fetched:
+    """Fill the reserved blocks from the ticket's source, and have it confirm that they may be used.
+
+    Waits without limit for blocks that are not computed yet: whoever calls knows whether the source lives.
+    Raises TransferFailed. Cancelled, it ends when the transport is quiet.
+    """
+    _check(pool, reserved, ticket)
+    began = world.now()
+    try:
+        connection = await world.network.connect(ticket.address, timeout_s=CONNECT_TIMEOUT_S, plain=True)
+    except ConnectFailed as error:
+        raise TransferFailed(f"the source cannot be reached ({error.reason})") from error
+    try:
+        return await _pull(world, pool, reserved, ticket, connection, began)
+    except ConnectionLost as loss:
+        raise TransferFailed(f"the connection to the source was lost ({loss.reason})") from loss
+    except asyncio.IncompleteReadError as error:
+        raise TransferFailed("the source ended the connection in the middle of a block") from error
+    except ProtocolError as error:
+        raise TransferFailed(f"the source sent what is no answer ({error.reason})") from error
+    except TimeoutError as error:
+        raise TransferFailed(f"nothing came from the source for {STALL_TIMEOUT_S:g} s") from error
+    finally:
+        connection.abort()  # all that had to be said was said
+
+
+def _check(pool: Pool, reserved: Reserved, ticket: Ticket) -> None:
+    """The source's blocks must be what this worker would have computed itself, position for position."""
+    if ticket.kv_layout != pool.layout:
+        raise TransferFailed(f"the source's blocks are {ticket.kv_layout}, and ours {pool.layout}")
+    if ticket.prompt_tokens != reserved.prompt_tokens or ticket.identities != reserved.identities:
+        raise TransferFailed("the source computes another prompt, model, precision or tenant")
+
+
+async def _pull(
+    world: World,
+    pool: Pool,
+    reserved: Reserved,
+    ticket: Ticket,
+    connection: Connection,
+    began: float,
+) -> Fetched:
+    channel: Channel[FromSource] = Channel(connection, receives=FromSource)
+    places = [block for span in reserved.fill for block in span.blocks]
+    names = [(span.group, span.first, len(span.blocks)) for span in reserved.fill]
+    channel.post(Want(ticket.token, ticket.generation, names))
+    first_s: float | None = None
+    filled = 0
+    while filled < len(places):
+        chunk = await channel.receive()  # for as long as the source computes
+        if not isinstance(chunk, Chunk) or not 0 < chunk.count <= len(places) - filled:
+            raise TransferFailed(_why(chunk))
+        first_s = world.now() if first_s is None else first_s
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            arrived = await connection.read_into(pool.views(places[filled : filled + chunk.count]))
+            sent = await channel.receive()
+        if not isinstance(sent, Checksums):
+            raise TransferFailed(_why(sent))
+        if sent.values != arrived:
+            raise TransferFailed("bytes were changed on the way: checksums differ")
+        filled += chunk.count
+    channel.post(Confirm())
+    async with asyncio.timeout(STALL_TIMEOUT_S):
+        confirmed = await channel.receive()
+    if not isinstance(confirmed, Confirmed):
+        raise TransferFailed(_why(confirmed))
+    now = world.now()
+    first_s = now if first_s is None else first_s
+    return Fetched(len(places), len(places) * pool.block_bytes, first_s - began, now - first_s)
+
+
+def _why(answer: FromSource | None) -> str:
+    if isinstance(answer, Denied):
+        return answer.reason
+    if answer is None:
+        return "the source ended the connection"
+    return f"the source sent {type(answer).__name__} out of turn"

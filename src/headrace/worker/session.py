@@ -1,0 +1,176 @@
+"""A worker's membership in one cluster: the connection with one gateway, made again when it is lost.
+
+In: the gateway's orders, and what the engine brings for this gateway's requests. Out: orders for the engine,
+and answers. Requests of a gateway that is gone are cancelled: nobody would read what they bring.
+
+    dial ──Hello──▶ Welcome ──▶ registered ──lost, or silent for `lapse_s`──▶ dial again
+                      └▶ Rejected: the end, or dial again
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from headrace.protocol.channel import Channel, ProtocolError
+from headrace.protocol.messages import (
+    PROTOCOL_VERSION,
+    Beat,
+    Begin,
+    Cancel,
+    Drain,
+    Draining,
+    Fetch,
+    FromGateway,
+    FromWorker,
+    Heartbeat,
+    Hello,
+    Leaving,
+    Refused,
+    Rejected,
+    Submit,
+    Welcome,
+    WorkerInfo,
+)
+from headrace.world import ConnectFailed, ConnectionLost, World
+
+CONNECT_TIMEOUT_S = 5.0
+WELCOME_TIMEOUT_S = 10.0
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 2.0
+"""Pauses between attempts to dial a gateway; a restarted one must know its cluster soon."""
+
+
+class RejectedError(Exception):
+    """The gateway does not take this worker; the text is the gateway's."""
+
+
+class Orders(Protocol):
+    """What a session does with a gateway's orders."""
+
+    draining: bool
+
+    def submit(self, session: Session, submit: Submit) -> None: ...
+    def fetch(self, order: Fetch) -> None: ...
+    def begin(self, order: Begin) -> None: ...
+    def cancel(self, order: Cancel) -> None: ...
+    def drain(self) -> None: ...
+    def heartbeat(self) -> Heartbeat: ...
+    def forget(self, session: Session) -> None: ...
+
+
+class Session:
+    """One gateway of one life of an engine."""
+
+    def __init__(
+        self, world: World, address: str, info: WorkerInfo, orders: Orders, report: Callable[[str], None]
+    ) -> None:
+        """`report` gets lines for people."""
+        self._world = world
+        self._address = address
+        self._info = info
+        self._orders = orders
+        self._report = report
+        self._said = ""
+        self._channel: Channel[FromGateway] | None = None
+        self._heard_s = 0.0
+        self._left = False
+        self.open: dict[str, int] = {}
+        """Attempts of this gateway, and how many samples of each have not ended."""
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def run(self) -> None:
+        """Be a member until cancelled. Raises RejectedError."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                connection = await self._world.network.connect(self._address, timeout_s=CONNECT_TIMEOUT_S)
+            except ConnectFailed:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                continue
+            channel: Channel[FromGateway] = Channel(connection, receives=FromGateway)
+            try:
+                await self._serve(channel)
+                pause_s = FIRST_PAUSE_S
+            except (ConnectionLost, ProtocolError, TimeoutError) as error:
+                self._world.trace("session.lost", self._address, type(error).__name__)
+            finally:
+                self._channel = None
+                if not self._left:
+                    channel.abort()  # else `leave` still sends its last word
+                self._orders.forget(self)
+            if self._left:
+                return
+            await asyncio.sleep(pause_s)
+
+    async def _serve(self, channel: Channel[FromGateway]) -> None:
+        channel.post(Hello(PROTOCOL_VERSION, self._info))
+        async with asyncio.timeout(WELCOME_TIMEOUT_S):
+            answer = await channel.receive()
+        if isinstance(answer, Rejected) and not answer.later:
+            raise RejectedError(f"the gateway at {self._address} rejects this worker: {answer.reason}")
+        if isinstance(answer, Rejected) and answer.reason != self._said:
+            self._said = answer.reason
+            self._report(f"the gateway at {self._address} does not take this worker yet: {answer.reason}")
+        if not isinstance(answer, Welcome):
+            return
+        self._channel = channel
+        self._heard_s = self._world.now()
+        if self._orders.draining:
+            channel.post(Draining())
+        beats = asyncio.create_task(self._beat(channel, answer), name="worker.heartbeat")
+        try:
+            while (message := await channel.receive()) is not None:
+                self._heard_s = self._world.now()
+                self._obey(message)
+        finally:
+            beats.cancel()
+
+    def _obey(self, message: FromGateway) -> None:
+        match message:
+            case Submit() as submit:
+                if self._orders.draining:
+                    self.post(Refused(submit.request.request_id, "the worker is draining"))
+                else:
+                    self._orders.submit(self, submit)
+            case Fetch() as order:
+                self._orders.fetch(order)
+            case Begin() as begin:
+                self._orders.begin(begin)
+            case Cancel() as cancel:
+                self._orders.cancel(cancel)
+            case Drain():
+                self._orders.drain()
+            case Beat() | Welcome() | Rejected():
+                pass
+
+    async def _beat(self, channel: Channel[FromGateway], welcome: Welcome) -> None:
+        """Tell the gateway that we live; let go of one that says nothing any more."""
+        while True:
+            await asyncio.sleep(welcome.heartbeat_s)
+            if self._world.now() - self._heard_s > welcome.lapse_s:
+                channel.abort()
+                return
+            self.post(self._orders.heartbeat())
+
+    def post(self, message: FromWorker) -> None:
+        """Say something, if anybody listens."""
+        if self._channel is not None:
+            try:
+                self._channel.post(message)
+            except ConnectionLost:
+                self._channel = None  # the reader learns the same
+
+    async def leave(self, reason: str) -> None:
+        """Tell the gateway goodbye, if there is one."""
+        self._left = True
+        if self._channel is not None:
+            self.post(Leaving(reason))
+            channel, self._channel = self._channel, None
+            if channel is not None:
+                await channel.close()

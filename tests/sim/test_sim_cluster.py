@@ -1,0 +1,134 @@
+"""Prefill and decode apart, undisturbed: real gateway, supervisors, engines, transfers in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from headrace.cluster.stream import OutputStream
+from headrace.protocol.messages import Role
+from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams, SequenceOutput
+from headrace.sim import Simulation, run
+from headrace.sim.cluster import SimCluster
+
+P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
+CLUSTERS = {
+    "1P1D": {"p": P, "d": D},
+    "1P2D": {"p": P, "d1": D, "d2": D},
+    "2P2D": {"p1": P, "p2": P, "d1": D, "d2": D},
+    "both": {"b1": B, "b2": B},
+    "mixed": {"p": P, "b": B, "d": D},
+    "1B1D": {"b": B, "d": D},
+}
+
+
+def in_cluster(
+    roles: dict[str, Role], body: Callable[[SimCluster], Awaitable[None]], *, seed: int = 0, **options: Any
+) -> str:
+    async def main(simulation: Simulation) -> None:
+        cluster = SimCluster(simulation, roles, **options)
+        await cluster.start()
+        try:
+            await body(cluster)
+            await cluster.settle()
+        finally:
+            await cluster.stop()
+
+    return run(main, seed=seed, max_virtual_s=1000.0).trace_hash
+
+
+def request(name: str, length: int = 40, **sampling: Any) -> GenerateRequest:
+    generator = random.Random(name)
+    prompt = [generator.randrange(8, 1000) for _ in range(length)]
+    params = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True, **sampling}
+    return GenerateRequest(request_id=name, prompt=prompt, sampling=SamplingParams(**params))
+
+
+async def collect(stream: OutputStream) -> dict[int, list[SequenceOutput]]:
+    found: dict[int, list[SequenceOutput]] = {}
+    async for outputs in stream:
+        for output in outputs:
+            found.setdefault(output.index, []).append(output)
+    return found
+
+
+def check(cluster: SimCluster, r: GenerateRequest, found: dict[int, list[SequenceOutput]]) -> None:
+    """Every sample is what it is alone, and ends once."""
+    assert sorted(found) == list(range(r.sampling.n))
+    for index, outputs in found.items():
+        alone = cluster.expected(r, index)
+        assert [token for output in outputs for token in output.tokens] == alone.tokens
+        assert [output.finish is not None for output in outputs].count(True) == 1
+        assert outputs[-1].finish is not None
+        assert outputs[-1].finish.reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if r.sampling.logprobs is not None:
+            assert [entry for output in outputs for entry in output.logprobs or ()] == alone.logprobs
+        told = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+        if r.sampling.prompt_logprobs is not None and index == 0:
+            assert told == [alone.prompt_logprobs]
+        assert [output.cached_tokens for output in outputs if output.cached_tokens is not None][1:] == []
+
+
+def whats(cluster: SimCluster, name: str) -> list[str]:
+    (journey,) = cluster.gateway.journeys.of(name)
+    return [entry.what for entry in journey.entries]
+
+
+def test_a_long_prompt_is_prefilled_there_and_decoded_here() -> None:
+    async def body(cluster: SimCluster) -> None:
+        r = request("long")
+        check(cluster, r, await collect(cluster.gateway.submit(r)))
+        assert whats(cluster, "long") == [
+            "placed",
+            "reserved",
+            "prefill placed",
+            "first token",
+            "blocks transferred",
+            "ended: length",
+        ]
+        short = request("short", length=12)
+        check(cluster, short, await collect(cluster.gateway.submit(short)))
+        assert "prefill placed" not in whats(cluster, "short")
+
+    in_cluster(CLUSTERS["1P1D"], body)
+
+
+@pytest.mark.parametrize("roles", CLUSTERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_many_requests_in_every_kind_of_cluster(roles: str, seed: int) -> None:
+    async def body(cluster: SimCluster) -> None:
+        generator = random.Random(seed)
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(generator.uniform(0, 0.5))
+            r = request(
+                f"r{generator.randrange(20)}" if number < 0 else f"r{number}",
+                length=generator.choice([1, 5, 12, 13, 16, 40, 41, 63, 64, 100]),
+                max_tokens=generator.choice([1, 2, 5, 30]),
+                temperature=generator.choice([0.0, 1.0]),
+                n=generator.choice([1, 1, 1, 2, 3]),
+                seed=generator.randrange(1 << 32),
+                logprobs=generator.choice([None, 2]),
+                prompt_logprobs=generator.choice([None, None, None, 1]),
+                ignore_eos=generator.random() < 0.5,
+            )
+            check(cluster, r, await collect(cluster.gateway.submit(r)))
+
+        await asyncio.gather(*(one(number) for number in range(40)))
+
+    in_cluster(CLUSTERS[roles], body, seed=seed)
+
+
+def test_a_prompt_that_is_cached_at_home_is_not_offloaded_again() -> None:
+    async def body(cluster: SimCluster) -> None:
+        first = request("a", length=60)
+        check(cluster, first, await collect(cluster.gateway.submit(first)))
+        again = GenerateRequest(request_id="b", prompt=[*first.prompt, 9], sampling=first.sampling)
+        check(cluster, again, await collect(cluster.gateway.submit(again)))
+        assert "prefilled at home, which has most of it" in whats(cluster, "b")
+
+    in_cluster(CLUSTERS["1P1D"], body)
