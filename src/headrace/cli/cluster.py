@@ -26,7 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show the workers of a running server: role, state, load, blocks."""
     with clear_errors():
-        answer = _ask(url, "/cluster", api_key)
+        answer = ask(url, "/cluster", api_key)
         if as_json:
             print(json.dumps(answer, indent=2))
         else:
@@ -41,7 +41,7 @@ def explain(
 ) -> None:
     """Show what happened to REQUEST: where it went, what was transferred, how it ended."""
     with clear_errors():
-        answer = _ask(url, f"/cluster/requests/{urllib.parse.quote(request, safe='')}", api_key)
+        answer = ask(url, f"/cluster/requests/{urllib.parse.quote(request, safe='')}", api_key)
         if as_json:
             print(json.dumps(answer, indent=2))
             return
@@ -60,7 +60,7 @@ def drain(
     """Let WORKER finish what it has, give it nothing new, and have it leave."""
     with clear_errors():
         path = f"/cluster/workers/{urllib.parse.quote(worker, safe='')}/drain"
-        answer = _ask(url, path, api_key, method="POST")
+        answer = ask(url, path, api_key, method="POST")
         print(f"{worker} drains: {answer['open_sequences']} sequences to end", file=sys.stderr)
 
 
@@ -114,7 +114,7 @@ def _show_status(answer: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _ask(url: str, path: str, api_key: str | None, *, method: str = "GET") -> dict[str, Any]:
+def ask(url: str, path: str, api_key: str | None = None, *, method: str = "GET") -> dict[str, Any]:
     """The answer to one request. Raises OSError with what the server said is wrong."""
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -27,8 +27,8 @@ class ServerLostError(OSError):
 
 
 @contextmanager
-def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
-    """Serve `model` and give its URL; `say` gets what the server says while it starts.
+def private_server(model: str, say: Callable[[str], None], *options: str) -> Iterator[str]:
+    """Serve `model` with `options` and give its URL; `say` gets what the server says while it starts.
 
     Raises ServerLostError when it does not become ready, or does not end well. It runs in a session of its
     own, so that Ctrl-C does not reach it; SIGTERM and SIGHUP of its user stop it first, and if its user is
@@ -36,7 +36,7 @@ def private_server(model: str, say: Callable[[str], None]) -> Iterator[str]:
     """
     parent = os.getpid()
     server = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", model, "--port", "0"],
+        [sys.executable, "-m", "headrace", "serve", model, "--port", "0", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
