@@ -90,6 +90,9 @@ def test_a_long_prompt_is_prefilled_there_and_decoded_here() -> None:
             "blocks transferred",
             "ended: length",
         ]
+        one_chunk = request("one chunk", length=20)
+        check(cluster, one_chunk, await collect(cluster.gateway.submit(one_chunk)))
+        assert "blocks transferred" in whats(cluster, "one chunk")
         short = request("short", length=12)
         check(cluster, short, await collect(cluster.gateway.submit(short)))
         assert "prefill placed" not in whats(cluster, "short")

@@ -40,6 +40,12 @@ class Stepped(msgspec.Struct, frozen=True, tag=True):
     handoffs: list[HandoffEvent]
 
 
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """Exports were taken in, before the step that may complete them: a target can dial while they compute."""
+
+    handoffs: list[HandoffEvent]
+
+
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine raised and ends; nothing of what it had will end by itself."""
 
@@ -70,5 +76,5 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
-FromEngine = EngineReady | StartFailed | Stepped | EngineFailed | Pong
+FromEngine = EngineReady | StartFailed | Accepted | Stepped | EngineFailed | Pong
 ToEngine = Submit | Cancel | Ping | Continue | Release

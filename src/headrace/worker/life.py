@@ -12,6 +12,7 @@ from typing import Any
 
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.engine_messages import (
+    Accepted,
     EngineFailed,
     EngineReady,
     FromEngine,
@@ -265,6 +266,9 @@ class EngineLife:
 
     def _hear(self, message: FromEngine) -> None:
         match message:
+            case Accepted(handoffs=handoffs):
+                for event in handoffs:
+                    self._on_handoff(event)
             case Stepped() as stepped:
                 self._step = stepped.stats.step
                 self._pass_on(stepped)

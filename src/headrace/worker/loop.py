@@ -19,6 +19,7 @@ from headrace.engine import Engine, num_samples
 from headrace.engine.blocks import BlockRemoved
 from headrace.protocol.channel import Channel
 from headrace.protocol.engine_messages import (
+    Accepted,
     Continue,
     EngineFailed,
     EngineReady,
@@ -87,6 +88,8 @@ class _Loop:
             await self._say(ready)
             while not self._gone:
                 self._take_in()
+                if accepted := self._engine.take_handoffs():
+                    self._post(Accepted(accepted))
                 if self._engine.has_work:
                     await self._step()
                     for _ in range(INBOX_TURNS):
