@@ -1,6 +1,6 @@
-"""A whole cluster in one simulated run: a gateway, workers with hash engines, and ways to hurt them.
+"""A whole cluster in one simulated run: gateways, workers with hash engines, and ways to hurt them.
 
-In: the shape of the cluster. Out: the real gateway, supervisors, engines and transfers on simulated hosts,
+In: the shape of the cluster. Out: the real gateways, supervisors, engines and transfers on simulated hosts,
 and what must hold of them whatever happened. Only executors, network and launcher are simulated.
 """
 
@@ -23,8 +23,10 @@ from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import World
 
 GATEWAY = "gateway"
-GATEWAY_ADDRESS = f"{GATEWAY}:7000"
+GATEWAY_PORT = 7000
 ENGINE_PORT = 7100
+DATA_PORT = 7200
+"""The same in each life of a worker, so that who comes with a ticket of a former life is answered."""
 
 _KEY = b"the cluster's key"
 
@@ -85,6 +87,11 @@ class EngineShape:
         )
 
 
+def executor_steps(engine: Engine) -> int:
+    """How many steps an engine's executor was given."""
+    return engine.executor.steps if isinstance(engine.executor, HashExecutor) else 0
+
+
 class SharedBytes:
     """An engine's memory as its supervisor opens it."""
 
@@ -93,6 +100,42 @@ class SharedBytes:
 
     def close(self) -> None:
         self.buffer = memoryview(b"")
+
+
+class Violation(AssertionError):
+    """What must hold did not; the text says what, of whom."""
+
+
+@dataclass(eq=False)
+class SimGateway:
+    """One gateway on a host of its own. After a crash another one starts there, which knows nothing."""
+
+    cluster: SimCluster
+    name: str
+    gateway: Gateway | None = None
+    """None while its machine is down."""
+
+    @property
+    def address(self) -> str:
+        return f"{self.name}:{GATEWAY_PORT}"
+
+    def build(self) -> Gateway:
+        cluster = self.cluster
+        world = cluster.simulation.world(self.name)
+        self.gateway = Gateway(world, cluster.observer, cluster.options)
+        return self.gateway
+
+    async def crash(self, how: Crash = Crash.RESET) -> None:
+        """The whole machine dies; the streams of its clients end."""
+        gateway, self.gateway = self.gateway, None
+        if gateway is not None:
+            self.cluster.simulation.network.crash_host(self.name, how)
+            await gateway.drain(0.0)  # nothing that it says leaves the machine
+
+    async def restart(self) -> None:
+        """Bring a crashed machine back."""
+        self.cluster.simulation.network.restart_host(self.name)
+        await self.build().listen(self.address)
 
 
 @dataclass(eq=False)
@@ -116,9 +159,9 @@ class SimWorker:
         self._launcher = TaskLauncher(lambda address: self._live(world, address))
         options = WorkerOptions(
             worker_id=self.name,
-            join=(GATEWAY_ADDRESS,),
+            join=tuple(gateway.address for gateway in self.cluster.gateways.values()),
             role=self.role,
-            data_address=f"{self.name}:0",
+            data_address=f"{self.name}:{DATA_PORT}",
             lease_s=self.cluster.lease_s,
             step_timeout_s=5.0,
         )
@@ -176,7 +219,7 @@ class SimWorker:
 
 
 class SimCluster:
-    """A gateway and workers, from `start` to `stop`."""
+    """Gateways and workers, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -187,8 +230,10 @@ class SimCluster:
         split: SplitPolicy | None = None,
         lease_s: float = 5.0,
         observer: GatewayObserver | None = None,
+        gateways: int = 1,
     ) -> None:
         self.simulation = simulation
+        self.observer = observer
         self.shape = shape or EngineShape()
         self.lease_s = lease_s
         self.options = GatewayOptions(
@@ -198,19 +243,62 @@ class SimCluster:
             lapse_s=1.5,
             replay_timeout_s=20.0,
         )
-        self.gateway = Gateway(simulation.world(GATEWAY), observer, self.options)
+        self.gateways = {name: SimGateway(self, name) for name in self.gateway_names(gateways)}
+        for gateway in self.gateways.values():
+            gateway.build()
         self.workers = {name: SimWorker(self, name, role) for name, role in roles.items()}
+
+    @staticmethod
+    def gateway_names(count: int) -> list[str]:
+        """What so many gateways are called."""
+        return [GATEWAY, *(f"{GATEWAY}{number}" for number in range(2, count + 1))]
 
     async def start(self) -> None:
         """Start everything and wait until all workers are members."""
-        await self.gateway.listen(GATEWAY_ADDRESS)
+        for one in self.gateways.values():
+            if one.gateway is not None:
+                await one.gateway.listen(one.address)
         for worker in self.workers.values():
             worker.start()
-        await self.gateway.wait_ready(len(self.workers))
+        await self.complete()
+
+    @property
+    def gateway(self) -> Gateway:
+        """The first gateway, which must be up."""
+        gateway = self.gateways[GATEWAY].gateway
+        if gateway is None:
+            raise RuntimeError("the gateway is down")
+        return gateway
+
+    def live_gateways(self) -> dict[str, Gateway]:
+        """Those that are up, by name."""
+        return {name: one.gateway for name, one in self.gateways.items() if one.gateway is not None}
+
+    async def complete(self, timeout_s: float = 60.0) -> None:
+        """Wait until every gateway is up and knows every worker, and no other. Raises Violation."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                for one in self.gateways.values():
+                    while one.gateway is None:
+                        await asyncio.sleep(0.05)
+                    await one.gateway.wait_ready(len(self.workers))
+        except TimeoutError:
+            known = {
+                name: [member.worker_id for member in gateway.registry.live()]
+                for name, gateway in self.live_gateways().items()
+            }
+            text = f"{timeout_s:g} s after the last fault, of {sorted(self.workers)} gateways know {known}"
+            raise Violation(text) from None
 
     async def stop(self) -> None:
-        await self.gateway.drain(0.0)
+        for gateway in self.live_gateways().values():
+            await gateway.drain(0.0)
         await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
+
+    @property
+    def steps(self) -> int:
+        """Steps that the engines have run, those of engines that are gone included."""
+        return sum(executor_steps(engine) for worker in self.workers.values() for engine in worker.engines)
 
     def expected(self, request: GenerateRequest, index: int = 0) -> Expected:
         """What a sample produces when nothing disturbs it."""
@@ -218,24 +306,25 @@ class SimCluster:
         return expected(request, index, model_of(engine), self.shape.max_model_len)
 
     async def settle(self, timeout_s: float = 60.0) -> None:
-        """Wait until nothing is open or held anywhere; raises AssertionError naming what still is."""
+        """Wait until nothing is open or held anywhere; raises Violation naming what still is."""
         deadline = self.simulation.loop.time() + timeout_s
         while (left := self.leftovers()) and self.simulation.loop.time() < deadline:
             await asyncio.sleep(0.05)
         if left:
-            raise AssertionError(f"after {timeout_s:g} s there is still: {'; '.join(left)}")
+            raise Violation(f"after {timeout_s:g} s there is still: {'; '.join(left)}")
 
     def leftovers(self) -> list[str]:
         """What is open, held or owed anywhere, in words."""
         found = []
-        if self.gateway.open_samples:
-            found.append(f"the gateway has {self.gateway.open_samples} open samples")
-        found += [
-            f"the gateway's books for {member.worker_id} have {len(member.legs)} legs, "
-            f"{member.open_samples} samples, {member.exports} exports"
-            for member in self.gateway.registry.live()
-            if member.legs or member.open_samples or member.exports
-        ]
+        for name, gateway in self.live_gateways().items():
+            if gateway.open_samples:
+                found.append(f"{name} has {gateway.open_samples} open samples")
+            found += [
+                f"the books of {name} for {member.worker_id} have {len(member.legs)} legs, "
+                f"{member.open_samples} samples, {member.exports} exports"
+                for member in gateway.registry.live()
+                if member.legs or member.open_samples or member.exports
+            ]
         for worker in self.workers.values():
             if worker.engine is None or worker.task is None:
                 continue

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.sim.cluster import GATEWAY, SimCluster
+from headrace.sim.link import DATACENTRE, LinkProfile
 from headrace.sim.network import Crash
 
 
@@ -40,6 +41,16 @@ class Kind(enum.StrEnum):
     """A worker's engine ends no step for `for_s`."""
     DRAIN = "drain"
     """A worker is drained, leaves, and starts again after `for_s`."""
+    GATEWAY = "gateway"
+    """A gateway's machine resets its connections, and starts again after `for_s`, knowing nothing."""
+    GATEWAY_END = "gateway end"
+    """The same, with connections that end in order."""
+    GATEWAY_POWER = "gateway power"
+    """The same, silently."""
+    LATE = "late"
+    """Every packet between two hosts takes `amount` ms longer for `for_s`: orders and tickets are stale."""
+    NARROW = "narrow"
+    """Between two hosts pass `amount` bytes a second for `for_s`: transfers last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +67,36 @@ class Fault:
 
 DRAIN_TIMEOUT_S = 20.0
 
-_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER)
+_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER, Kind.LATE, Kind.NARROW)
+_OF_GATEWAYS = (Kind.GATEWAY, Kind.GATEWAY_END, Kind.GATEWAY_POWER)
+
+_AMOUNTS = {
+    Kind.SLOW: (20,),
+    Kind.LATE: (20, 100, 500, 1500),
+    Kind.NARROW: (10_000, 50_000),
+}
+_BYTES = (0, 100, 700, 2000, 10_000)
 
 
-def draw(generator: random.Random, workers: Sequence[str], count: int, within_s: float) -> list[Fault]:
-    """`count` faults at random times, of random kinds, at random places."""
+def draw(
+    generator: random.Random,
+    workers: Sequence[str],
+    count: int,
+    within_s: float,
+    *,
+    gateways: Sequence[str] = (GATEWAY,),
+    kinds: Sequence[Kind] = tuple(Kind),
+) -> list[Fault]:
+    """`count` faults at random times, of random `kinds`, at random places."""
     faults = []
     for _ in range(count):
-        kind = generator.choice(list(Kind))
-        where = generator.choice(list(workers))
+        kind = generator.choice(list(kinds))
+        where = generator.choice(list(gateways if kind in _OF_GATEWAYS else workers))
         other = ""
         if kind is Kind.CORRUPT:  # of the control channel TLS takes care; bytes of blocks have checksums
             other = generator.choice([name for name in workers if name != where] or [where])
         elif kind in _BETWEEN:
-            other = generator.choice([GATEWAY, *(name for name in workers if name != where)])
+            other = generator.choice([*gateways, *(name for name in workers if name != where)])
         faults.append(
             Fault(
                 generator.uniform(0, within_s),
@@ -77,7 +104,7 @@ def draw(generator: random.Random, workers: Sequence[str], count: int, within_s:
                 where,
                 other,
                 generator.choice([0.05, 0.3, 1.0, 4.0]),
-                generator.choice([0, 100, 700, 2000, 10_000]) if kind is not Kind.SLOW else 20,
+                generator.choice(_AMOUNTS.get(kind, _BYTES)),
             )
         )
     return sorted(faults, key=lambda fault: fault.at_s)
@@ -99,6 +126,9 @@ async def play(cluster: SimCluster, faults: Sequence[Fault]) -> None:
 
 async def make(cluster: SimCluster, fault: Fault) -> None:
     """Make one fault happen, and undo it after its time. To a worker that is down, nothing happens."""
+    if fault.kind in _OF_GATEWAYS:
+        await _restart_gateway(cluster, fault)
+        return
     network, worker = cluster.simulation.network, cluster.workers[fault.where]
     match fault.kind:
         case Kind.CRASH | Kind.END | Kind.POWER:
@@ -118,6 +148,11 @@ async def make(cluster: SimCluster, fault: Fault) -> None:
             network.break_connections(fault.where, fault.other, after_bytes=fault.amount)
         case Kind.CORRUPT:
             network.corrupt(fault.where, fault.other, after_bytes=fault.amount)
+        case Kind.LATE:
+            late = LinkProfile(latency_s=DATACENTRE.latency_s + fault.amount / 1000)
+            await _with_link(cluster, fault, late)
+        case Kind.NARROW:
+            await _with_link(cluster, fault, LinkProfile(bytes_per_s=float(fault.amount)))
         case Kind.SLOW | Kind.FREEZE:
             await worker.slow_down(float(fault.amount) if fault.kind is Kind.SLOW else None, fault.for_s)
         case Kind.DRAIN:
@@ -132,4 +167,28 @@ async def make(cluster: SimCluster, fault: Fault) -> None:
                         worker.start()
 
 
-_CRASHES = {Kind.CRASH: Crash.RESET, Kind.END: Crash.END, Kind.POWER: Crash.SILENT}
+async def _restart_gateway(cluster: SimCluster, fault: Fault) -> None:
+    one = cluster.gateways[fault.where]
+    if one.gateway is not None:
+        await one.crash(_CRASHES[fault.kind])
+        await asyncio.sleep(fault.for_s)
+        await one.restart()
+
+
+async def _with_link(cluster: SimCluster, fault: Fault, profile: LinkProfile) -> None:
+    network, ends = cluster.simulation.network, (fault.where, fault.other)
+    for source, target in (ends, ends[::-1]):
+        network.set_link(source, target, profile)
+    await asyncio.sleep(fault.for_s)
+    for source, target in (ends, ends[::-1]):
+        network.set_link(source, target, DATACENTRE)
+
+
+_CRASHES = {
+    Kind.CRASH: Crash.RESET,
+    Kind.END: Crash.END,
+    Kind.POWER: Crash.SILENT,
+    Kind.GATEWAY: Crash.RESET,
+    Kind.GATEWAY_END: Crash.END,
+    Kind.GATEWAY_POWER: Crash.SILENT,
+}

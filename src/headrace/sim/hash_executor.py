@@ -86,6 +86,8 @@ class HashExecutor(Executor):
         self.values = np.random.default_rng(0).integers(
             0, 1 << 64, size=(num_blocks, block_size), dtype=np.uint64
         )
+        self.steps = 0
+        """How many plans were submitted."""
         self._rows: dict[int, _Row] = {}
         self._in_flight: deque[_InFlight] = deque()
 
@@ -110,6 +112,7 @@ class HashExecutor(Executor):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[StepResult] = loop.create_future()
+        self.steps += 1
         for start in plan.starts:
             self._start(start)
         for row in plan.rows:

@@ -152,6 +152,11 @@ class SimNetwork:
         self._note("corrupt", a, b, after_bytes)
         self._link(a, b).bytes_until_corruption = after_bytes
 
+    def disarm(self) -> None:
+        """Take back what `break_connections` and `corrupt` have set for bytes that were not sent yet."""
+        for link in self._links.values():
+            link.bytes_until_break = link.bytes_until_corruption = None
+
     def crash_host(self, name: str, how: Crash = Crash.RESET) -> None:
         """Everything on the host is dead at once: its listeners, its connections, its view of the network."""
         self._note("crash", name, how.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -39,12 +40,14 @@ class Simulation:
     """To make faults; programs use `world(host).network`."""
     memories: dict[str, Memory] = field(default_factory=dict)
     """What programs share with others of their host, by path."""
+    _started: Counter[str] = field(default_factory=Counter)
 
     def world(self, host: str) -> World:
-        """The world of a program that starts on `host` now."""
+        """The world of a program that starts on `host` now; no two programs draw the same numbers."""
+        self._started[host] += 1
         return World(
             network=self.network.host(host),
-            random=self.random.scope(f"host {host}"),
+            random=self.random.scope(f"host {host}, program {self._started[host]}"),
             trace=self.loop.trace,
             open_memory=self._open_memory,
         )

@@ -1,0 +1,179 @@
+"""The clients of a simulated cluster: requests of every kind, impatience, and a check of all that comes back.
+
+In: a cluster, and a random stream for each client. Out: how its request ended. Anything else than what the
+request produces when nothing disturbs it is a `Violation`: a wrong token, a second ending, another's cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.cluster import Gateway
+from headrace.cluster.stream import OutputStream
+from headrace.engine import RequestRefused
+from headrace.protocol.requests import (
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    SequenceOutput,
+)
+from headrace.sim.cluster import SimCluster, Violation
+
+TENANTS = ("", "", "blue", "green")
+_WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def draw_request(generator: random.Random, number: int) -> GenerateRequest:
+    """A request of any kind; many begin alike, those of other tenants too."""
+    shared = [8 + generator.randrange(3)] * 16
+    prompt = shared[: generator.choice([0, 8, 16])]
+    prompt += [generator.randrange(8, 1000) for _ in range(generator.choice([1, 6, 20, 50, 90]))]
+    sampling = SamplingParams(
+        max_tokens=generator.choice([1, 3, 10, 40, 100]),
+        temperature=generator.choice([0.0, 1.0]),
+        n=generator.choice([1, 1, 1, 2, 3]),
+        seed=generator.randrange(1 << 32),
+        logprobs=generator.choice([None, None, 1]),
+        prompt_logprobs=generator.choice([None, None, None, None, 1]),
+        min_tokens=generator.choice([0, 0, 1]),
+        ignore_eos=generator.random() < 0.5,
+    )
+    salt = generator.choice(TENANTS)
+    return GenerateRequest(request_id=f"r{number}", prompt=prompt, sampling=sampling, cache_salt=salt)
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """What a client has got so far."""
+
+    request: GenerateRequest
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)
+    told: list[Any] = field(default_factory=list)
+    endings: dict[int, FinishReason] = field(default_factory=dict)
+    cached: int | None = None
+
+    def take(self, output: SequenceOutput) -> None:
+        name, index = self.request.request_id, output.index
+        if index in self.endings:
+            raise Violation(f"{name} sample {index} goes on after its ending")
+        self.tokens.setdefault(index, []).extend(output.tokens)
+        self.logprobs.setdefault(index, []).extend(output.logprobs or [])
+        if output.prompt_logprobs is not None:
+            self.told.append(output.prompt_logprobs)
+        if index == 0 and output.cached_tokens is not None:
+            self.cached = output.cached_tokens
+        if output.finish is not None:
+            self.endings[index] = output.finish.reason
+            error = output.finish.error
+            if error is not None and error.code is not ErrorCode.UNAVAILABLE:
+                raise Violation(f"{name} sample {index} ended with {error}")
+
+
+class Load:
+    """All clients of one run; `endings` counts how their samples ended."""
+
+    def __init__(self, cluster: SimCluster, within_s: float) -> None:
+        self._cluster = cluster
+        self._within_s = within_s
+        self._asked: list[GenerateRequest] = []
+        self.endings: Counter[str] = Counter()
+
+    async def client(self, generator: random.Random, number: int) -> None:
+        """Ask at a random time, perhaps lose patience, and see that all that came is right."""
+        await asyncio.sleep(generator.uniform(0, self._within_s))
+        request = draw_request(generator, number)
+        patience = generator.choice([None, None, None, 0, generator.randrange(1, 60)])
+        gateway = self._cluster.gateways[generator.choice(list(self._cluster.gateways))].gateway
+        if gateway is None:
+            self.endings["refused"] += 1
+            return
+        await self.ask(gateway, request, patience, generator)
+
+    async def ask(
+        self,
+        gateway: Gateway,
+        request: GenerateRequest,
+        patience: int | None = None,
+        chance: random.Random | None = None,
+    ) -> None:
+        """One request, from asking to its end; after `patience` tokens (0: soon) its client has enough."""
+        try:
+            stream = gateway.submit(request)
+        except RequestRefused as refused:
+            if refused.error.code not in (ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED):
+                raise Violation(f"{request.request_id} was refused with {refused.error}") from refused
+            self.endings["refused"] += 1
+            return
+        others = list(self._asked)
+        self._asked.append(request)
+        answer = _Answer(request)
+        if patience == 0 and chance is not None:
+            await asyncio.sleep(chance.choice([0, 0.001, 0.01, 0.05]))
+            stream.cancel(request.request_id)
+            patience = None
+        async for outputs in stream:
+            for output in outputs:
+                answer.take(output)
+            if patience is not None and sum(map(len, answer.tokens.values())) >= patience:
+                patience = None
+                if chance is not None and chance.random() < 0.5:
+                    stream.close()
+                else:
+                    stream.cancel(request.request_id)
+        self._check(answer, stream)
+        # Who asked meanwhile may have put its prompt into the cache as well.
+        self._check_tenant(answer, gateway, [*others, *self._asked[len(others) + 1 :]])
+        for index in range(request.sampling.n):
+            self.endings[answer.endings.get(index, "left")] += 1
+
+    def _check(self, answer: _Answer, stream: OutputStream) -> None:
+        request, endings = answer.request, answer.endings
+        name = request.request_id
+        if len(endings) != request.sampling.n and not stream.closed:
+            raise Violation(f"{name} ended {len(endings)} of {request.sampling.n} samples")
+        for index, got in answer.tokens.items():
+            alone = self._cluster.expected(request, index)
+            wanted = alone.tokens if endings.get(index) in _WHOLE else alone.tokens[: len(got)]
+            if got != wanted:
+                raise Violation(f"{name} sample {index} ({endings.get(index)}) is {got}, alone {wanted}")
+            if alone.logprobs is not None and answer.logprobs[index] != alone.logprobs[: len(got)]:
+                raise Violation(f"{name} sample {index} has other log-probabilities than alone")
+        if answer.told and answer.told != [self._cluster.expected(request, 0).prompt_logprobs]:
+            raise Violation(f"{name} was told of its prompt's log-probabilities {len(answer.told)} times")
+        if not answer.told and request.sampling.prompt_logprobs is not None and endings.get(0) in _WHOLE:
+            raise Violation(f"{name} was not told of its prompt's log-probabilities")
+
+    def _check_tenant(self, answer: _Answer, gateway: Gateway, others: Sequence[GenerateRequest]) -> None:
+        """What was cached of a prompt was computed for the same tenant, or for an attempt at it before."""
+        request = answer.request
+        if not answer.cached:
+            return
+        (journey,) = gateway.journeys.of(request.request_id)
+        if [entry.what for entry in journey.entries].count("placed") > 1:
+            return
+        most = max(
+            (
+                _common(request.prompt, [*other.prompt, *self._cluster.expected(other, index).tokens])
+                for other in others
+                if other.cache_salt == request.cache_salt
+                for index in range(other.sampling.n)
+            ),
+            default=0,
+        )
+        if answer.cached > most:
+            raise Violation(
+                f"{request.request_id} found {answer.cached} tokens of its prompt cached, and its tenant "
+                f"{request.cache_salt!r} had no more than {most} of them computed"
+            )
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of what two sequences begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
