@@ -179,7 +179,7 @@ def in_house(
             await gateway.wait_ready()
             await body(house)
         finally:
-            await gateway.drain(0.0, dismiss=True)
+            await gateway.drain(0.0, dismiss=("w",))
             assert house.worker is not None
             house.worker.cancel()
             await asyncio.gather(house.worker, *house.background, return_exceptions=True)

@@ -199,7 +199,7 @@ def test_drain_finishes_what_was_accepted(kind: str) -> None:
         requests = [request(f"r{i}", max_tokens=20) for i in range(12)]  # more than run at once
         streams = [house.gateway.submit(r) for r in requests]
         await anext(streams[0])
-        drained = asyncio.create_task(house.gateway.drain(60.0, dismiss=True))
+        drained = asyncio.create_task(house.gateway.drain(60.0, dismiss=("w",)))
         await asyncio.sleep(0)
         assert house.gateway.state is GatewayState.DRAINING
         with pytest.raises(RequestRefused, match="shutting down"):
@@ -219,7 +219,7 @@ def test_drain_ends_what_takes_too_long(kind: str) -> None:
     async def body(house: House) -> None:
         stream = house.gateway.submit(request("long", max_tokens=4000))
         await anext(stream)
-        assert await house.gateway.drain(0.05, dismiss=True) is False
+        assert await house.gateway.drain(0.05, dismiss=("w",)) is False
         ((_, finish),) = (await collect(stream)).values()
         assert finish.error is not None
         assert finish.error.code is ErrorCode.UNAVAILABLE

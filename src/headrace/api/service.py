@@ -21,7 +21,7 @@ from headrace import __version__
 from headrace.api.app import create_app
 from headrace.api.http import HttpServer
 from headrace.api.served import ServedModel, Server
-from headrace.api.workers import Pools, launchers
+from headrace.api.workers import Door, Pools, launchers
 from headrace.cluster import LocalCluster
 from headrace.cluster.options import GatewayOptions
 from headrace.config import EngineOptions, ServingOptions
@@ -46,6 +46,7 @@ class Service:
         started_s: float | None = None,
         say: Callable[[str], None] = print,
         pools: Pools | None = None,
+        door: Door | None = None,
         gateway: GatewayOptions | None = None,
         engine_command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
@@ -57,12 +58,15 @@ class Service:
         self._say = say
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
-        self._world = real_world()
+        self._door = door
+        self._world = real_world(door.credentials if door is not None else None)
         self._metrics = Metrics(options.served_name)
         self._pools = pools or Pools()
+        key = door.credentials.cluster_key if door is not None else b""
         self._cluster = LocalCluster(
             self._world,
-            launchers(self._pools, options, say, engine_command=engine_command),
+            launchers(self._pools, options, say, cluster_key=key, engine_command=engine_command),
+            listen=door.address if door is not None else None,
             observer=self._metrics,
             options=gateway,
             report=say,
@@ -140,11 +144,14 @@ class Service:
     def _intent(self) -> str:
         files, options = self._files, self._options
         names = list(self._pools.roles())
-        workers = f", workers {', '.join(names)}" if len(names) > 1 else ""
-        return (
-            f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}, "
-            f"{options.threads} thread{'s' * (options.threads > 1)}{workers}"
-        )
+        said = f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}"
+        if names:
+            said += f", {options.threads} thread{'s' * (options.threads > 1)}"
+        if len(names) > 1:
+            said += f", workers {', '.join(names)}"
+        if self._door is not None:
+            said += f"; workers may join at {self._door.address}"
+        return said
 
     def _tell_ready(self, info: EngineInfo) -> None:
         for note in info.notes:

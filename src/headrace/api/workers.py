@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,6 +18,9 @@ from headrace.protocol.messages import Role
 from headrace.worker.options import WorkerOptions
 from headrace.worker.process import ENGINE_COMMAND, ProcessOptions
 from headrace.world.launcher import Launcher, LocalLauncher
+
+if TYPE_CHECKING:
+    from headrace.world.credentials import Credentials
 
 WORKER_COMMAND = (sys.executable, "-m", "headrace.worker.process")
 ALONE = "engine"
@@ -32,6 +36,8 @@ class Pools:
     prefill: int = 0
     decode: int = 0
     both: int = 0
+    elsewhere: bool = False
+    """All workers are started by others."""
 
     def __post_init__(self) -> None:
         if self.prefill and not (self.decode or self.both):
@@ -41,7 +47,15 @@ class Pools:
         """Each worker's name and role."""
         counts = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.BOTH: self.both}
         roles = {f"{role}-{number}": role for role, count in counts.items() for number in range(1, count + 1)}
-        return roles or {ALONE: Role.BOTH}
+        return roles if roles or self.elsewhere else {ALONE: Role.BOTH}
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where workers that others start may join, over mutual TLS."""
+
+    address: str
+    credentials: Credentials
 
 
 def launchers(
@@ -49,16 +63,20 @@ def launchers(
     options: EngineOptions,
     say: Callable[[str], None],
     *,
+    cluster_key: bytes = b"",
     engine_command: tuple[str, ...] = ENGINE_COMMAND,
 ) -> Mapping[str, Launcher]:
-    """A launcher for each worker. Cores are shared out evenly; `say` gets what the processes print."""
+    """A launcher for each worker. Cores are shared out evenly; `say` gets what the processes print.
+
+    Block identities are made with `cluster_key`, where workers that others start have it too.
+    """
     roles = pools.roles()
-    if len(roles) > 1:
+    if len(roles) > 1 or cluster_key:
         options = msgspec.structs.replace(
             options,
-            threads=max(1, options.threads // len(roles)),
+            threads=max(1, options.threads // max(1, len(roles))),
             shared_kv=True,
-            cache_key=os.urandom(_CACHE_KEY_BYTES),
+            cache_key=cluster_key or os.urandom(_CACHE_KEY_BYTES),
         )
     engine = msgspec.Raw(msgspec.json.encode(options))
     found: dict[str, Launcher] = {}

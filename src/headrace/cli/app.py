@@ -8,10 +8,12 @@ from headrace.cli.bench import bench
 from headrace.cli.chat import chat
 from headrace.cli.cluster import drain, explain, status
 from headrace.cli.demo import demo
+from headrace.cli.gateway import gateway
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
 from headrace.cli.serve import serve
 from headrace.cli.version import version
+from headrace.cli.worker import worker
 
 app = typer.Typer(
     name="headrace",
@@ -26,6 +28,8 @@ app.command()(generate)
 app.command()(bench)
 app.command()(chat)
 app.command()(demo)
+app.command()(gateway)
+app.command()(worker)
 app.command()(status)
 app.command()(explain)
 app.command()(drain)

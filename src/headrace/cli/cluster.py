@@ -14,6 +14,8 @@ import typer
 from headrace.cli.errors import clear_errors
 
 TIMEOUT_S = 10.0
+WIDTH = 160
+"""Characters of a line that goes into a file or a pipe."""
 
 Url = Annotated[str, typer.Option(help="The server's address.")]
 ApiKey = Annotated[
@@ -90,13 +92,14 @@ def _show_status(answer: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{answer['state']}, {answer['open_sequences']} sequences open", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for heading in ("WORKER", "ROLE", "STATE"):
-        table.add_column(heading)
-    for heading in ("RUNNING", "WAITING", "PREFILLS", "KV HELD", "KV LEASED", "STEP", "HEARD"):
-        table.add_column(heading, justify="right")
+    for heading in ("WORKER", "ROLE"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("STATE")
+    for heading in ("RUN", "WAIT", "PREFILL", "HELD", "LEASED", "STEP", "HEARD"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for worker in answer["workers"]:
         blocks = worker["blocks"]
         table.add_row(

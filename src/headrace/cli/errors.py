@@ -22,7 +22,9 @@ def clear_errors() -> Iterator[None]:
     from headrace.cluster import StartFailedError, WorkerLostError
     from headrace.store import ModelError
     from headrace.text import TextError
+    from headrace.worker import CannotStartError, EngineLostError, RejectedError
 
+    in_cluster = (StartFailedError, WorkerLostError, CannotStartError, EngineLostError, RejectedError)
     try:
         yield
     except BrokenPipeError:  # whoever read the output has gone: what is left of it goes nowhere
@@ -30,7 +32,7 @@ def clear_errors() -> Iterator[None]:
         sys.exit(OUTPUT_CLOSED)
     except UnicodeEncodeError as error:
         _fail(f"the output takes only {error.encoding}; set PYTHONIOENCODING=utf-8")
-    except (ModelError, TextError, StartFailedError, WorkerLostError, ValueError, OSError) as error:
+    except (ModelError, TextError, *in_cluster, ValueError, OSError) as error:
         _fail(_one_line(error))
     except KeyboardInterrupt:
         print("headrace: interrupted", file=sys.stderr, flush=True)

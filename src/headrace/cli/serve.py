@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headrace.cli import STARTED_S
 from headrace.cli.errors import clear_errors
+from headrace.cli.http_options import (
+    DEFAULT_DRAIN_TIMEOUT_S,
+    DEFAULT_MAX_BODY_SIZE,
+    DEFAULT_THRESHOLD,
+    ApiKeyOption,
+    ApiKeys,
+    CorsOrigin,
+    CredentialsDirectory,
+    DrainTimeout,
+    Host,
+    MaxBodySize,
+    MaxPromptCharacters,
+    Port,
+    PromptLengthThreshold,
+    RequestTimeout,
+    ServedModelName,
+    cluster_credentials,
+    say,
+    serving_options,
+)
 from headrace.cli.options import (
     DEFAULT_KV_CACHE_MEMORY,
     DEFAULTS,
@@ -27,46 +44,23 @@ from headrace.cli.options import (
     Threads,
 )
 from headrace.cluster.options import GatewayOptions, SplitPolicy
-from headrace.config import ApiKey, EngineOptions, ServingOptions, format_size, parse_size, read_keys
-from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
-
-API_KEY_VARIABLE = "HEADRACE_API_KEY"
-DEFAULT_MAX_BODY_SIZE = format_size(DEFAULT_MAX_BODY_BYTES).replace(" ", "")
+from headrace.config import EngineOptions, parse_size
+from headrace.config.serving import DEFAULT_MAX_PROMPT_CHARACTERS
 
 
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar=API_KEY_VARIABLE,
-            help="Ask clients for this key, or one of several; the variable keeps it from process lists.",
-            show_default=False,
-        ),
-    ] = None,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="TOML file of keys with limits for each.", show_default=False),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Let pages of this origin call; * is all.", show_default=False),
-    ] = None,
-    max_body_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest body of a request.")
-    ] = DEFAULT_MAX_BODY_SIZE,
-    max_prompt_characters: Annotated[
-        int, typer.Option(min=1, help="Longest text of a request, before it is tokenised.")
-    ] = DEFAULT_MAX_PROMPT_CHARACTERS,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKeyOption = None,
+    api_keys: ApiKeys = None,
+    cors_origin: CorsOrigin = None,
+    max_body_size: MaxBodySize = DEFAULT_MAX_BODY_SIZE,
+    max_prompt_characters: MaxPromptCharacters = DEFAULT_MAX_PROMPT_CHARACTERS,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Sequences that may wait; more get 429.")
     ] = DEFAULTS.max_waiting,
-    request_timeout: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Seconds that a request may take.", show_default="no limit"),
-    ] = None,
+    request_timeout: RequestTimeout = None,
     dtype: DtypeOption = DEFAULTS.dtype,
     quantization: QuantizationOption = DEFAULTS.quantization,
     threads: Threads = DEFAULTS.threads,
@@ -84,17 +78,15 @@ def serve(
         int,
         typer.Option(min=0, help="Workers that do everything.", show_default="1, where there are no others"),
     ] = 0,
-    prompt_length_threshold: Annotated[
-        int,
-        typer.Option(min=0, help="A prefill worker takes prompts with more uncached tokens than this."),
-    ] = SplitPolicy().prompt_length_threshold,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="Name that clients ask for.", show_default="the model's own")
+    prompt_length_threshold: PromptLengthThreshold = DEFAULT_THRESHOLD,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Let workers of elsewhere join here.", show_default=False),
     ] = None,
+    credentials: CredentialsDirectory = None,
+    served_model_name: ServedModelName = None,
     batch_invariant: BatchInvariant = False,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that running requests have to end after SIGTERM.")
-    ] = 30.0,
+    drain_timeout: DrainTimeout = DEFAULT_DRAIN_TIMEOUT_S,
 ) -> None:
     """Serve MODEL over HTTP. SIGTERM drains, Ctrl-C stops; a second signal stops at once."""
     with clear_errors():
@@ -102,13 +94,8 @@ def serve(
         from headrace.cli.models import PullProgress
         from headrace.store import resolve
 
-        keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(api_key or (), 1)]
-        serving = ServingOptions(
-            keys=(*keys, *(read_keys(api_keys) if api_keys is not None else ())),
-            cors_origins=tuple(cors_origin or ()),
-            max_body_bytes=parse_size(max_body_size),
-            max_prompt_characters=max_prompt_characters,
-            request_timeout_s=request_timeout,
+        serving = serving_options(
+            api_key, api_keys, cors_origin, max_body_size, max_prompt_characters, request_timeout
         )
         bound = bind(host, port)
         with PullProgress() as progress:
@@ -131,11 +118,11 @@ def serve(
         import uvloop
 
         from headrace.api.service import Service
-        from headrace.api.workers import Pools
+        from headrace.api.workers import Door, Pools
 
         pools = Pools(prefill, decode, both)
         gateway = GatewayOptions(split=SplitPolicy(prompt_length_threshold=prompt_length_threshold))
-
+        door = Door(listen, cluster_credentials(credentials, make=True)) if listen is not None else None
         service = Service(
             files,
             options,
@@ -143,20 +130,9 @@ def serve(
             serving=serving,
             drain_timeout_s=drain_timeout,
             pools=pools,
+            door=door,
             gateway=gateway,
             started_s=STARTED_S,
-            say=_say,
+            say=say,
         )
         uvloop.run(service.run())
-
-
-def _key_name(number: int) -> str:
-    """What a key without a name of its own is called in errors."""
-    return "default" if number == 1 else f"default {number}"
-
-
-def _say(line: str) -> None:
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # whoever read our words has left; serving goes on
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 
@@ -91,7 +91,7 @@ class Gateway:
     # ---- what it is like -----------------------------------------------------------------------------
 
     async def listen(self, address: str) -> str:
-        """Let workers dial in at `address`; returns where exactly. Raises OSError, ValueError."""
+        """Let workers dial in at `address` too; returns where exactly. Raises OSError, ValueError."""
         return await self._membership.listen(address)
 
     @property
@@ -513,8 +513,8 @@ class Gateway:
 
     # ---- the end -------------------------------------------------------------------------------------
 
-    async def drain(self, timeout_s: float, *, dismiss: bool = False) -> bool:
-        """Refuse new requests and let accepted ones end; then let the workers go, or with `dismiss`, end.
+    async def drain(self, timeout_s: float, *, dismiss: Collection[str] = ()) -> bool:
+        """Refuse new requests and let accepted ones end; then let the workers go, and those named end.
 
         What has not ended after `timeout_s` ends with UNAVAILABLE. Returns whether everything had ended.
         """
@@ -529,8 +529,8 @@ class Gateway:
         if self._replaying is not None:
             self._replaying.cancel()
             await asyncio.gather(self._replaying, return_exceptions=True)
-        if dismiss:
-            for member in self.registry.live():
+        for member in self.registry.live():
+            if member.worker_id in dismiss:
                 self.post(member, Drain())
         await self._membership.close()
         return in_time

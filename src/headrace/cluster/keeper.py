@@ -29,7 +29,7 @@ class Keeper:
     ) -> None:
         """`report` gets a line whenever the process was lost and is started again."""
         self._world = world
-        self._name = name
+        self.name = name
         self._launcher = launcher
         self._report = report
 
@@ -49,8 +49,8 @@ class Keeper:
             if how == "exit code 0":
                 return
             if how.startswith("exit code"):
-                raise WorkerLostError(f"{self._name} gave up with {how}")
+                raise WorkerLostError(f"{self.name} gave up with {how}")
             losses = 1 if self._world.now() - began_s >= STABLE_AFTER_S else losses + 1
             pause_s = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
-            self._report(f"{self._name} was lost with {how}; starting it again in {pause_s:g} s")
+            self._report(f"{self.name} was lost with {how}; starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)

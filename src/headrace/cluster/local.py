@@ -1,7 +1,8 @@
-"""A gateway with workers on this machine: the smallest cluster, which `serve` and `generate` start.
+"""A gateway, the workers that it starts on this machine, and a door for others.
 
-They meet at a unix socket in a directory that only this user can enter. However the gateway's process ends,
-the workers end with it; a directory that a killed gateway left is removed by the next one.
+Its own workers meet it at a unix socket in a directory that only this user can enter. However the gateway's
+process ends, they end with it; a directory that a killed gateway left is removed by the next one. Workers of
+elsewhere dial in at an address of the network, and stay when the gateway goes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class LocalCluster:
         world: World,
         launchers: Mapping[str, Launcher],
         *,
+        listen: str | None = None,
         observer: GatewayObserver | None = None,
         options: GatewayOptions | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`launchers`, by the names of the workers, start each worker's process."""
+        """`launchers`, by the names of the workers, start each worker's process. At `listen` others join."""
+        self._listen = listen
         self.gateway = Gateway(world, observer, options)
         self._keepers = [Keeper(world, name, launcher, report) for name, launcher in launchers.items()]
         self._report = report
@@ -43,14 +46,17 @@ class LocalCluster:
         self._directory: PrivateDirectory | None = None
 
     async def start(self) -> EngineInfo:
-        """Start the workers and wait until all of them serve.
+        """Start the workers and wait until all of them serve; without any, until one joins that decodes.
 
-        Raises StartFailedError when one says that it cannot, WorkerLostError when it ends without a word.
+        Raises StartFailedError when one says that it cannot, WorkerLostError when it ends without a word,
+        OSError where nobody can listen.
         """
+        if self._listen is not None:
+            await self.gateway.listen(self._listen)
         self._directory = PrivateDirectory("headrace-")
         address = await self.gateway.listen(f"unix:{self._directory.path}/gateway.sock")
         self._running = asyncio.create_task(self._keep(address), name="local cluster")
-        ready = asyncio.create_task(self.gateway.wait_ready(len(self._keepers)), name="local start")
+        ready = asyncio.create_task(self.gateway.wait_ready(max(1, len(self._keepers))), name="local start")
         try:
             await asyncio.wait({self._running, ready}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done() and self.gateway.start_failure is None:
@@ -64,6 +70,8 @@ class LocalCluster:
 
     async def _keep(self, address: str) -> None:
         """Run all keepers. Before all workers served, and of the last one, a failure is raised."""
+        if not self._keepers:
+            await asyncio.get_running_loop().create_future()  # others keep their workers
         keepers = {asyncio.create_task(keeper.run(address), name="keeper") for keeper in self._keepers}
         running = set(keepers)
         try:
@@ -87,8 +95,9 @@ class LocalCluster:
 
     async def stop(self, drain_s: float = 0.0) -> bool:
         """Drain for at most `drain_s` (see `Gateway.drain`), end the workers and the socket. Idempotent."""
-        served = any(True for _ in self.gateway.registry.live())
-        finished = await self.gateway.drain(drain_s, dismiss=True)
+        served = bool(self._keepers) and any(True for _ in self.gateway.registry.live())
+        own = [keeper.name for keeper in self._keepers]
+        finished = await self.gateway.drain(drain_s, dismiss=own)
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=LEAVE_TIMEOUT_S if served else 0.0)
             self._running.cancel()  # kills a worker that loads, or does not leave

@@ -47,27 +47,30 @@ class Membership:
         self._options = options
         self._registry = registry
         self._host = host
-        self._listener: Listener | None = None
+        self._listeners: list[Listener] = []
         self._watch: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        if self._listener is None:
+        """Where it listens first."""
+        if not self._listeners:
             raise RuntimeError("the gateway does not listen yet")
-        return self._listener.address
+        return self._listeners[0].address
 
     async def listen(self, address: str) -> str:
-        self._listener = await self._world.network.listen(address, self._serve)
-        self._watch = asyncio.create_task(self._watch_members(), name="gateway.watch")
-        return self._listener.address
+        listener = await self._world.network.listen(address, self._serve)
+        self._listeners.append(listener)
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_members(), name="gateway.watch")
+        return listener.address
 
     async def close(self) -> None:
         """Listen no more, and let every member go."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        if self._listener is not None:
-            await self._listener.close()
+        for listener in self._listeners:
+            await listener.close()
         for member in list(self._registry.live()):
             self._lose(member, "the gateway stops", died=False)
             await member.channel.close()

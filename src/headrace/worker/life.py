@@ -271,8 +271,13 @@ class EngineLife:
                     self._on_handoff(event)
             case Stepped() as stepped:
                 self._step = stepped.stats.step
-                self._pass_on(stepped)
+                # What led to the outputs is told before them, and what ends an attempt after them.
+                endings = [event for event in stepped.handoffs if isinstance(event, Held | Dropped)]
                 for event in stepped.handoffs:
+                    if event not in endings:
+                        self._on_handoff(event)
+                self._pass_on(stepped)
+                for event in endings:
                     self._on_handoff(event)
             case Pong(step=step):
                 self._step = step

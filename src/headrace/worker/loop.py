@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from headrace.engine import Engine, num_samples
+from headrace.engine import Engine, StepPlan, StepResult, num_samples
 from headrace.engine.blocks import BlockRemoved
 from headrace.protocol.channel import Channel
 from headrace.protocol.engine_messages import (
@@ -77,6 +77,7 @@ class _Loop:
         self._inbox: deque[ToEngine] = deque()  # bounded by what gateways may have open here
         self._arrived = asyncio.Event()
         self._gone = False
+        self._released = False
         self._open: dict[str, set[int]] = {}  # samples of accepted requests that have not ended
         self._times = Stopwatch()
         self._last_step = 0
@@ -94,6 +95,9 @@ class _Loop:
                     await self._step()
                     for _ in range(INBOX_TURNS):
                         await asyncio.sleep(0)
+                elif self._released:  # nothing steps, and still the numbers changed
+                    await self._say(Stepped([], self._stats(0.0, None), [], []))
+                    self._released = False
                 else:
                     self._arrived.clear()
                     await self._arrived.wait()
@@ -128,6 +132,7 @@ class _Loop:
                     engine.begin(request_id, imported, generated)
                 case Release(request_id=request_id):
                     engine.release(request_id)
+                    self._released = True
                 case Ping():
                     self._post(Pong(self._last_step))
 
@@ -152,7 +157,7 @@ class _Loop:
             await self._channel.close()
             raise
         now = self._world.now()
-        stats = self._stats(now - began)
+        stats = self._stats(now - began, self._engine.last_step)
         self._times.scheduled(self._engine.last_started, began)
         times = self._times.outputs(outputs, now)
         for output in outputs:
@@ -193,14 +198,14 @@ class _Loop:
             await self._engine.step()
             self._engine.take_handoffs()
 
-    def _stats(self, step_s: float) -> StepStats:
+    def _stats(self, step_s: float, last: tuple[StepPlan, StepResult] | None) -> StepStats:
         scheduler = self._engine.scheduler
         pool, counters = scheduler.cache.pool, scheduler.counters
         self._evictions += sum(isinstance(event, BlockRemoved) for event in pool.take_events())
         tokens = sampled = rows = 0
         kernel_s = 0.0
-        if self._engine.last_step is not None:
-            plan, result = self._engine.last_step
+        if last is not None:
+            plan, result = last
             self._last_step = plan.number
             tokens, rows, kernel_s = plan.tokens, len(plan.rows), result.kernel_s
             sampled = sum(map(len, result.tokens))

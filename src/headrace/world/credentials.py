@@ -51,7 +51,7 @@ NODE, NODE_KEY, CLUSTER_KEY = "node.pem", "node.key", "cluster.key"
 _T = TypeVar("_T")
 
 
-class CredentialsError(Exception):
+class CredentialsError(ValueError):
     """Credentials that cannot be used: the message names the file, what is wrong with it, and the remedy."""
 
 

@@ -1,0 +1,126 @@
+"""The HTTP side's options as the command line spells them, shared by the commands that serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cluster.options import SplitPolicy
+from headrace.config import ApiKey, ServingOptions, format_size, parse_size, read_keys
+from headrace.config.serving import DEFAULT_MAX_BODY_BYTES
+
+if TYPE_CHECKING:
+    from headrace.world.credentials import Credentials
+
+API_KEY_VARIABLE = "HEADRACE_API_KEY"
+DEFAULT_MAX_BODY_SIZE = format_size(DEFAULT_MAX_BODY_BYTES).replace(" ", "")
+DEFAULT_THRESHOLD = SplitPolicy().prompt_length_threshold
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
+
+Host = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is all.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any free one.")]
+ApiKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar=API_KEY_VARIABLE,
+        help="Ask clients for this key, or one of several; the variable keeps it from process lists.",
+        show_default=False,
+    ),
+]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-keys", metavar="FILE", help="TOML file of keys with limits for each.", show_default=False
+    ),
+]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option("--cors-origin", help="Let pages of this origin call; * is all.", show_default=False),
+]
+MaxBodySize = Annotated[
+    str, typer.Option("--max-body-size", metavar="SIZE", help="Largest body of a request.")
+]
+MaxPromptCharacters = Annotated[
+    int,
+    typer.Option("--max-prompt-characters", min=1, help="Longest text of a request, before it is tokenised."),
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--request-timeout", min=0.001, help="Seconds that a request may take.", show_default="no limit"
+    ),
+]
+DrainTimeout = Annotated[
+    float,
+    typer.Option("--drain-timeout", min=0, help="Seconds that running requests have to end after SIGTERM."),
+]
+ServedModelName = Annotated[
+    str | None,
+    typer.Option("--served-model-name", help="Name that clients ask for.", show_default="the model's own"),
+]
+PromptLengthThreshold = Annotated[
+    int,
+    typer.Option(
+        "--prompt-length-threshold",
+        min=0,
+        help="A prefill worker takes prompts with more uncached tokens than this.",
+    ),
+]
+CredentialsDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials",
+        metavar="DIR",
+        help="Certificates and key of the cluster.",
+        show_default="cluster/ under $HEADRACE_HOME or ~/.cache/headrace, made if absent",
+    ),
+]
+
+
+def serving_options(
+    api_key: list[str] | None,
+    api_keys: Path | None,
+    cors_origin: list[str] | None,
+    max_body_size: str,
+    max_prompt_characters: int,
+    request_timeout: float | None,
+) -> ServingOptions:
+    """Raises ValueError, OSError for what cannot be."""
+    keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(api_key or (), 1)]
+    return ServingOptions(
+        keys=(*keys, *(read_keys(api_keys) if api_keys is not None else ())),
+        cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=parse_size(max_body_size),
+        max_prompt_characters=max_prompt_characters,
+        request_timeout_s=request_timeout,
+    )
+
+
+def cluster_credentials(directory: Path | None, *, make: bool) -> Credentials:
+    """The cluster's credentials; where the default directory has none yet, or with `make`, new ones.
+
+    Raises CredentialsError, OSError.
+    """
+    from headrace.store.home import home_dir
+    from headrace.world.credentials import load_credentials, make_credentials
+
+    where = home_dir() / "cluster" if directory is None else directory
+    return make_credentials(where) if make or directory is None else load_credentials(where)
+
+
+def _key_name(number: int) -> str:
+    """What a key without a name of its own is called in errors."""
+    return "default" if number == 1 else f"default {number}"
+
+
+def say(line: str) -> None:
+    """Tell people something on standard error."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # whoever read our words has left; serving goes on
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
