@@ -135,3 +135,18 @@ def test_a_prompt_that_is_cached_at_home_is_not_offloaded_again() -> None:
         assert "prefilled at home, which has most of it" in whats(cluster, "b")
 
     in_cluster(CLUSTERS["1P1D"], body)
+
+
+def test_a_source_that_falls_silent_after_the_first_token_is_waited_for_within_a_bound() -> None:
+    async def body(cluster: SimCluster) -> None:
+        loop, r = cluster.simulation.loop, request("long", length=100)
+        began_s = loop.time()
+        stream = cluster.gateway.submit(r)
+        await asyncio.sleep(0.03)  # the pull is connected, and nothing is computed to its end
+        cluster.simulation.network.partition("p", "d", one_way=True)
+        check(cluster, r, await collect(stream))
+        assert "transfer failed" in whats(cluster, "long")
+        assert loop.time() - began_s < 20
+        cluster.simulation.network.heal("p", "d")
+
+    in_cluster(CLUSTERS["1P1D"], body)

@@ -11,6 +11,6 @@ the lease held to the end. Which requests these blocks belong to and what follow
 
 from headrace.transfer.pool import Pool
 from headrace.transfer.source import Exports
-from headrace.transfer.target import Fetched, TransferFailed, fetch
+from headrace.transfer.target import Fetched, Patience, TransferFailed, fetch
 
-__all__ = ["Exports", "Fetched", "Pool", "TransferFailed", "fetch"]
+__all__ = ["Exports", "Fetched", "Patience", "Pool", "TransferFailed", "fetch"]

@@ -21,6 +21,31 @@ STALL_TIMEOUT_S = 10.0
 """How long the bytes of a chunk, or an answer that needs no computation, may take to come."""
 
 
+class Patience:
+    """How long a pull waits for the next blocks: without limit, until the source has computed them all.
+
+    A source that has died or cannot be reached any more may never say so; who knows that it is done says it.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+        self._limit: asyncio.Timeout | None = None
+
+    def source_is_done(self) -> None:
+        """All blocks are computed: from now on each wait is bounded by `STALL_TIMEOUT_S`."""
+        self._done = True
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + STALL_TIMEOUT_S)
+
+    async def next(self, channel: Channel[FromSource]) -> FromSource | None:
+        """The source's next word. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT_S if self._done else None) as self._limit:
+                return await channel.receive()
+        finally:
+            self._limit = None
+
+
 class TransferFailed(Exception):
     """The blocks did not come, or may not be used. The text says why."""
 
@@ -37,10 +62,12 @@ class Fetched:
     """From there to the confirmation."""
 
 
-async def fetch(world: World, pool: Pool, reserved: Reserved, ticket: Ticket) -> Fetched:
+async def fetch(
+    world: World, pool: Pool, reserved: Reserved, ticket: Ticket, patience: Patience | None = None
+) -> Fetched:
     """Fill the reserved blocks from the ticket's source, and have it confirm that they may be used.
 
-    Waits without limit for blocks that are not computed yet: whoever calls knows whether the source lives.
+    Waits without limit for blocks that are not computed yet; whoever calls ends that through `patience`.
     Raises TransferFailed. Cancelled, it ends when the transport is quiet.
     """
     _check(pool, reserved, ticket)
@@ -50,7 +77,7 @@ async def fetch(world: World, pool: Pool, reserved: Reserved, ticket: Ticket) ->
     except ConnectFailed as error:
         raise TransferFailed(f"the source cannot be reached ({error.reason})") from error
     try:
-        return await _pull(world, pool, reserved, ticket, connection, began)
+        return await _pull(world, pool, reserved, ticket, connection, began, patience or Patience())
     except ConnectionLost as loss:
         raise TransferFailed(f"the connection to the source was lost ({loss.reason})") from loss
     except asyncio.IncompleteReadError as error:
@@ -78,6 +105,7 @@ async def _pull(
     ticket: Ticket,
     connection: Connection,
     began: float,
+    patience: Patience,
 ) -> Fetched:
     channel: Channel[FromSource] = Channel(connection, receives=FromSource)
     places = [block for span in reserved.fill for block in span.blocks]
@@ -86,7 +114,7 @@ async def _pull(
     first_s: float | None = None
     filled = 0
     while filled < len(places):
-        chunk = await channel.receive()  # for as long as the source computes
+        chunk = await patience.next(channel)
         if not isinstance(chunk, Chunk) or not 0 < chunk.count <= len(places) - filled:
             raise TransferFailed(_why(chunk))
         first_s = world.now() if first_s is None else first_s

@@ -10,19 +10,19 @@ PULLING  | the gateway says `Fetch`           | the pull ends → SETTLED; `drop
 SETTLED  | the pull has ended                 | `begin` → gone, decoding or prefilled here; `drop`
 
 A begin that comes while PULLING is kept. One without tokens says that nobody computes the blocks any more,
-and ends the pull.
+and ends the pull; one with tokens that all blocks are computed, so the rest of the pull has little time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.protocol.engine_messages import Continue, Release
 from headrace.protocol.handoff import Reserved, Ticket
 from headrace.protocol.messages import ImportSettled
-from headrace.transfer import Fetched, Pool, TransferFailed, fetch
+from headrace.transfer import Fetched, Patience, Pool, TransferFailed, fetch
 from headrace.world import World
 
 
@@ -34,6 +34,7 @@ class _Import:
     generated: list[int] | None = None
     """What the gateway said to begin with."""
     dropped: bool = False
+    patience: Patience = field(default_factory=Patience)
 
 
 class Imports:
@@ -86,6 +87,8 @@ class Imports:
             self._continue(request_id, one)
         elif not generated:
             one.pull.cancel()
+        else:
+            one.patience.source_is_done()
 
     def drop(self, request_id: str) -> None:
         """The engine has given the import up; its blocks are released when nothing writes there."""
@@ -103,7 +106,7 @@ class Imports:
         fetched: Fetched | None = None
         reason = "nobody computes the blocks any more"
         try:
-            fetched = await fetch(self._world, self._pool, one.reserved, ticket)
+            fetched = await fetch(self._world, self._pool, one.reserved, ticket, one.patience)
         except TransferFailed as failure:
             reason = str(failure)
         except asyncio.CancelledError:
