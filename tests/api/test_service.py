@@ -69,6 +69,17 @@ def test_sigterm_drains_and_exits_0(monkeypatch: pytest.MonkeyPatch, directory: 
     assert not left_in(directory)
 
 
+def test_a_server_whose_last_worker_is_drained_ends_well(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    with HashServed(monkeypatch, directory) as server:
+        assert httpx.post(f"{server.url}/cluster/workers/engine/drain").status_code == 200
+        server.wait_line("all workers have left")
+        server.wait_line("stopped")
+        assert server.wait_end() == 0
+    assert not left_in(directory)
+
+
 def test_a_drain_has_an_end(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     with HashServed(monkeypatch, directory, drain_s=0.3) as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG) as running:

@@ -94,7 +94,11 @@ class Service:
                 lost = asyncio.create_task(self._cluster.wait_given_up(), name="engine end")
                 await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
-                    await lost
+                    await lost  # raises why; else all were drained
+                    if self._door is not None:
+                        await self._signalled.wait()  # workers of elsewhere serve, now or later
+                    else:
+                        self._say("all workers have left")
                 lost.cancel()
             await self._stop()
         finally:
@@ -132,7 +136,8 @@ class Service:
 
     async def _stop(self) -> None:
         running = self._cluster.gateway.open_samples
-        drain_s = self._drain_timeout_s if self._signals[0] is signal.SIGTERM else 0.0
+        interrupted = bool(self._signals) and self._signals[0] is not signal.SIGTERM
+        drain_s = 0.0 if interrupted else self._drain_timeout_s
         if running and drain_s:
             self._say(f"draining: {running} running or waiting, {drain_s:g} s at most; new requests get 503")
         if not await self._cluster.stop(drain_s):
