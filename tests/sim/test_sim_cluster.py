@@ -150,3 +150,16 @@ def test_a_source_that_falls_silent_after_the_first_token_is_waited_for_within_a
         cluster.simulation.network.heal("p", "d")
 
     in_cluster(CLUSTERS["1P1D"], body)
+
+
+def test_a_drained_worker_says_why_it_left() -> None:
+    async def body(cluster: SimCluster) -> None:
+        member = cluster.gateway.registry.get("d2")
+        assert member is not None
+        cluster.gateway.drain_worker(member)
+        async with asyncio.timeout(10):
+            while member.is_live:
+                await cluster.gateway.wait_changed()
+        assert member.why_down == "it was drained"
+
+    in_cluster(CLUSTERS["1P2D"], body)

@@ -166,7 +166,8 @@ class EngineLife:
 
     async def _leave(self) -> None:
         """Tell the gateways goodbye while the sessions still have their connections."""
-        reason = f"its engine was lost with {self._how}" if self._how else "its engine ended"
+        ended = "it was drained" if self.draining else "its engine ended"
+        reason = f"its engine was lost with {self._how}" if self._how else ended
         goodbyes = [asyncio.create_task(session.leave(reason)) for session in self._sessions]
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=GOODBYE_TIMEOUT_S)
