@@ -18,9 +18,9 @@ from headrace.sim.faults import Fault, Kind, draw, play
 from headrace.sim.load import Load, draw_request
 from headrace.sim.simulation import Simulation, run
 
-REQUESTS = 40
+REQUESTS = 80
 FAULTS = 6
-LOAD_S = 4.0
+LOAD_S = 6.0
 RECOVERY_S = 30.0
 """Within which everybody is a member again when the last fault is over."""
 
@@ -33,7 +33,8 @@ CLUSTERS: tuple[dict[str, Role], ...] = (
     {"p": _P, "b": _B, "d": _D},
     {"p1": _P, "p2": _P, "d1": _D, "d2": _D, "d3": _D, "b": _B},
 )
-NUM_BLOCKS = (60, 80, 200)
+MAX_NUM_SEQS = (2, 3, 6)
+NUM_BLOCKS = (64, 80, 200)
 LEASES_S = (0.2, 5.0)
 
 
@@ -72,7 +73,7 @@ def plan(
     chance = random.Random(seed)
     roles = chance.choice(list(clusters))
     gateways = chance.choice([1, 1, 2])
-    shape = EngineShape(num_blocks=chance.choice(NUM_BLOCKS))
+    shape = EngineShape(max_num_seqs=chance.choice(MAX_NUM_SEQS), num_blocks=chance.choice(NUM_BLOCKS))
     lease_s = chance.choice(LEASES_S)
     names = SimCluster.gateway_names(gateways)
     faults = draw(chance, list(roles), count, LOAD_S, gateways=names, kinds=kinds) if kinds else []

@@ -35,7 +35,7 @@ def draw_request(generator: random.Random, number: int) -> GenerateRequest:
     prompt = shared[: generator.choice([0, 8, 16])]
     prompt += [generator.randrange(8, 1000) for _ in range(generator.choice([1, 6, 20, 50, 90]))]
     sampling = SamplingParams(
-        max_tokens=generator.choice([1, 3, 10, 40, 100]),
+        max_tokens=generator.choice([1, 3, 10, 40, 100, 140]),
         temperature=generator.choice([0.0, 1.0]),
         n=generator.choice([1, 1, 1, 2, 3]),
         seed=generator.randrange(1 << 32),
