@@ -12,6 +12,7 @@ from headrace.cli.gateway import gateway
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
 from headrace.cli.serve import serve
+from headrace.cli.simulate import simulate
 from headrace.cli.version import version
 from headrace.cli.worker import worker
 
@@ -33,5 +34,6 @@ app.command()(worker)
 app.command()(status)
 app.command()(explain)
 app.command()(drain)
+app.command()(simulate)
 app.command()(version)
 app.add_typer(models, name="models")

@@ -11,6 +11,7 @@ from headrace.cli.errors import clear_errors
 from headrace.cli.http_options import (
     DEFAULT_DRAIN_TIMEOUT_S,
     DEFAULT_MAX_BODY_SIZE,
+    DEFAULT_QUEUE_MAX,
     DEFAULT_THRESHOLD,
     ApiKeyOption,
     ApiKeys,
@@ -21,6 +22,7 @@ from headrace.cli.http_options import (
     MaxBodySize,
     MaxPromptCharacters,
     Port,
+    PrefillQueueMax,
     PromptLengthThreshold,
     RequestTimeout,
     ServedModelName,
@@ -45,6 +47,7 @@ def gateway(
     ] = DEFAULT_LISTEN,
     credentials: CredentialsDirectory = None,
     prompt_length_threshold: PromptLengthThreshold = DEFAULT_THRESHOLD,
+    prefill_queue_max: PrefillQueueMax = DEFAULT_QUEUE_MAX,
     api_key: ApiKeyOption = None,
     api_keys: ApiKeys = None,
     cors_origin: CorsOrigin = None,
@@ -79,7 +82,11 @@ def gateway(
             drain_timeout_s=drain_timeout,
             pools=Pools(elsewhere=True),
             door=Door(listen, cluster_credentials(credentials, make=True)),
-            gateway=GatewayOptions(split=SplitPolicy(prompt_length_threshold=prompt_length_threshold)),
+            gateway=GatewayOptions(
+                split=SplitPolicy(
+                    prompt_length_threshold=prompt_length_threshold, prefill_queue_max=prefill_queue_max
+                )
+            ),
             started_s=STARTED_S,
             say=say,
         )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace.cli.errors import clear_errors
 from headrace.cluster.options import SplitPolicy
 from headrace.config import ApiKey, ServingOptions, format_size, parse_size, read_keys
+from headrace.config.cluster import read_cluster
 from headrace.config.serving import DEFAULT_MAX_BODY_BYTES
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
 DEFAULT_MAX_BODY_SIZE = format_size(DEFAULT_MAX_BODY_BYTES).replace(" ", "")
 DEFAULT_THRESHOLD = SplitPolicy().prompt_length_threshold
+DEFAULT_QUEUE_MAX = SplitPolicy().prefill_queue_max
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is all.")]
@@ -69,6 +72,31 @@ PromptLengthThreshold = Annotated[
         "--prompt-length-threshold",
         min=0,
         help="A prefill worker takes prompts with more uncached tokens than this.",
+    ),
+]
+PrefillQueueMax = Annotated[
+    int,
+    typer.Option("--prefill-queue-max", min=1, help="Unless each prefill worker has so many already."),
+]
+
+
+def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a file's values be the defaults of the other options."""
+    if path is not None and not context.resilient_parsing:
+        with clear_errors():
+            context.default_map = {**(context.default_map or {}), **read_cluster(path).as_options()}
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of the cluster; options given here go before what it says.",
+        is_eager=True,
+        callback=_defaults_from,
+        show_default=False,
     ),
 ]
 CredentialsDirectory = Annotated[

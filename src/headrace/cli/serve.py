@@ -11,9 +11,11 @@ from headrace.cli.errors import clear_errors
 from headrace.cli.http_options import (
     DEFAULT_DRAIN_TIMEOUT_S,
     DEFAULT_MAX_BODY_SIZE,
+    DEFAULT_QUEUE_MAX,
     DEFAULT_THRESHOLD,
     ApiKeyOption,
     ApiKeys,
+    ConfigFile,
     CorsOrigin,
     CredentialsDirectory,
     DrainTimeout,
@@ -21,6 +23,7 @@ from headrace.cli.http_options import (
     MaxBodySize,
     MaxPromptCharacters,
     Port,
+    PrefillQueueMax,
     PromptLengthThreshold,
     RequestTimeout,
     ServedModelName,
@@ -79,6 +82,8 @@ def serve(
         typer.Option(min=0, help="Workers that do everything.", show_default="1, where there are no others"),
     ] = 0,
     prompt_length_threshold: PromptLengthThreshold = DEFAULT_THRESHOLD,
+    prefill_queue_max: PrefillQueueMax = DEFAULT_QUEUE_MAX,
+    config: ConfigFile = None,
     listen: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Let workers of elsewhere join here.", show_default=False),
@@ -121,7 +126,11 @@ def serve(
         from headrace.api.workers import Door, Pools
 
         pools = Pools(prefill, decode, both)
-        gateway = GatewayOptions(split=SplitPolicy(prompt_length_threshold=prompt_length_threshold))
+        gateway = GatewayOptions(
+            split=SplitPolicy(
+                prompt_length_threshold=prompt_length_threshold, prefill_queue_max=prefill_queue_max
+            )
+        )
         door = Door(listen, cluster_credentials(credentials, make=True)) if listen is not None else None
         service = Service(
             files,
