@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: help demo serve test test-sim lint format check-clients bench soak clean
+.PHONY: help demo serve test test-sim test-faults lint format check-clients bench soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ test: $(VENV)/.dev ## the test suite
 
 test-sim: $(VENV)/.dev ## the property and simulation tests with 20 times the examples
 	@HEADRACE_EXAMPLES=20 $(BIN)/python -m pytest --timeout 3600 tests/engine tests/sim tests/world
+
+test-faults: $(VENV)/.dev ## kill, stop and cut off real workers under load; cut links need the rights to make network namespaces
+	@$(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
 	@$(BIN)/ruff check src tests benchmarks
