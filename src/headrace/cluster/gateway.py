@@ -161,7 +161,9 @@ class Gateway:
         """Go on elsewhere with all that it had, or end it."""
         self._observer.engine_lost(member.worker_id)
         for name in list(member.legs):
-            accepted = self._legs[name]
+            accepted = self._legs.get(name)
+            if accepted is None:
+                continue  # what became of another leg has ended it
             if accepted.prefill is not None and accepted.prefill.name == name:
                 accepted.journey.note(self._world.now(), "prefill worker lost", member.worker_id, why=why)
                 self._handoffs.prefill_over(accepted)
@@ -417,13 +419,14 @@ class Gateway:
         accepted.stage = Stage.RESERVING if split else Stage.AT_HOME
         accepted.home = self.open_leg(accepted, name, home)
         home.open_samples += len(accepted.samples)
-        home.channel.post(
+        self.post(
+            home,
             Submit(
                 msgspec.structs.replace(request, request_id=name),
                 accepted.progress,
                 LegKind.IMPORT if split else LegKind.WHOLE,
                 self._options.split.prompt_length_threshold if split else 0,
-            )
+            ),
         )
         accepted.journey.note(self._world.now(), "placed", home.worker_id, attempt=accepted.attempts)
         return True
@@ -461,7 +464,9 @@ class Gateway:
             self.post(accepted.home.member, Cancel(accepted.home.name))
         self.leave_home(accepted)
         self.leave_prefill(accepted)
-        if accepted.deaths >= self._options.max_deaths:
+        if accepted.attempts >= self._options.max_attempts:
+            self._end_all(accepted, f"{accepted.attempts} attempts at the request failed; {why}")
+        elif accepted.deaths >= self._options.max_deaths:
             self._end_all(accepted, f"{accepted.deaths} workers were lost under the request; {why}")
         elif lost is not None and not self.registry.expects_other(lost, now):
             self._end_all(accepted, f"the engine was lost under the request: {why}; send it again")
