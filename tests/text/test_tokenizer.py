@@ -1,6 +1,8 @@
 """The tokenizer's own promises; that its ids are the right ones is in tests/oracle/test_tokenizers.py."""
 
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,30 @@ def test_decoders_of_another_kind_are_refused(decoder: decoders.Decoder | None) 
         backend.decoder = decoder
     with pytest.raises(UnsupportedTokenizerError, match=r"decoder .* is not read"):
         Tokenizer(backend)
+
+
+def test_long_texts_have_the_ids_of_the_library_and_other_threads_run_on(
+    smollm2: Tokenizer, gemma3: Tokenizer, smollm2_dir: Path, gemma3_dir: Path
+) -> None:
+    """The library's plain `encode` holds the interpreter's lock to its end, and so does everything else."""
+    text = "".join(f"{number} été  \n<|im_end|>日本 don't {'a' * (number % 90)}" for number in range(3000))
+    for tokenizer, directory in ((smollm2, smollm2_dir), (gemma3, gemma3_dir)):
+        backend = Backend.from_file(str(directory / "tokenizer.json"))
+        for special in (False, True):
+            found = tokenizer.encode(text, special)
+            assert found == backend.encode(text, add_special_tokens=special).ids
+    seen = []
+    worker = threading.Thread(target=lambda: seen.append(smollm2.encode("1" * 400_000)))
+    turns = 0
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(100.0)  # nobody is made to give the lock up: only who releases it lets others in
+    try:
+        worker.start()
+        while not seen:
+            turns += 1
+            time.sleep(0.0001)
+    finally:
+        sys.setswitchinterval(switch_s)
+        worker.join()
+    assert turns > 20
+    assert seen[0] == [smollm2.encode("1")[0]] * 400_000

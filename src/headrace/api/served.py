@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.cluster import Gateway
 from headrace.config import ServingOptions
@@ -18,8 +19,14 @@ from headrace.observe import Metrics
 from headrace.store import ModelFiles
 from headrace.text import ChatTemplate, Tokenizer, special_tokens_of
 
-ENCODE_INLINE_CHARACTERS = 16_384
-"""Texts up to this length are encoded at once (about 3 ms); longer ones beside the event loop."""
+ENCODE_INLINE_CHARACTERS = 4096
+"""Texts up to this length are encoded at once (about 2 ms); longer ones beside the event loop, where the
+tokenizer releases the interpreter's lock."""
+
+TEXT_THREADS = 2
+"""How many long texts are worked on at once. More would take the engine's cores."""
+
+_T = TypeVar("_T")
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -34,6 +41,9 @@ class ServedModel:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the model's authors recommend where a client says nothing, from generation_config.json."""
     created: int = field(default_factory=lambda: int(time.time()))
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text"), repr=False
+    )
 
     @classmethod
     def from_files(cls, files: ModelFiles, name: str | None = None) -> ServedModel:
@@ -57,7 +67,11 @@ class ServedModel:
         """Token ids of `text`. Raises TextError for what is not Unicode."""
         if len(text) <= ENCODE_INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return await self.beside(lambda: self.tokenizer.encode(text, add_special_tokens))
+
+    async def beside(self, work: Callable[[], _T]) -> _T:
+        """Do long work on text while the event loop goes on, a few at a time; the others wait their turn."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 @dataclass(frozen=True)
