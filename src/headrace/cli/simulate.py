@@ -1,0 +1,156 @@
+"""`headrace simulate`: search seeded histories of a whole cluster under faults for broken promises."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli.errors import clear_errors
+
+if TYPE_CHECKING:
+    from headrace.protocol.messages import Role
+    from headrace.sim.search import Failure, Scope, Verdict
+
+PROGRESS_S = 2.0
+VIOLATIONS = 1
+
+
+def simulate(
+    seeds: Annotated[
+        str, typer.Option(metavar="A:B", help="Seeds A to B - 1, or one seed; each is one history.")
+    ] = "0:100",
+    faults: Annotated[
+        str, typer.Option(help="`default` draws of all kinds, `none`, or kinds by name: crash,cut,drain.")
+    ] = "default",
+    count: Annotated[int, typer.Option(min=0, help="Faults in each history.")] = 6,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Let only these of the drawn faults happen.", show_default="all"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML of a cluster: its pools.", show_default="several clusters"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Histories at a time, each in its process.")] = 1,
+) -> None:
+    """Run the gateway, workers and transfers in virtual time, with hashes for a model, and break things.
+
+    Every output must be what the request produces alone, every request must end once, and nothing may be
+    left. Exit code 1 when that did not hold.
+    """
+    with clear_errors():
+        from headrace.sim.search import search
+
+        numbers, scope = _seeds(seeds), _scope(faults, count, only, config)
+        began = time.monotonic()
+        said = began
+
+        def heard(verdict: Verdict) -> None:
+            nonlocal said
+            if time.monotonic() - said >= PROGRESS_S:
+                said = time.monotonic()
+                text = f"{verdict.seeds} of {len(numbers)} histories, {len(verdict.failures)} with violations"
+                print(text, file=sys.stderr, flush=True)
+
+        verdict = search(numbers, scope, jobs=jobs, heard=heard)
+        options = "" if config is None else f" --config {config}"
+        options += "" if faults == "default" else f" --faults {faults}"
+        options += "" if count == 6 else f" --count {count}"
+        for line in _verdict_lines(verdict, time.monotonic() - began, options):
+            print(line)
+        if verdict.failures:
+            sys.exit(VIOLATIONS)
+
+
+def _verdict_lines(verdict: Verdict, took_s: float, options: str) -> list[str]:
+    """The verdict in words; `options` are those that a replay needs."""
+    lines = [
+        f"{verdict.seeds} histories, {len(verdict.failures)} with violations, in {took_s:.1f} s",
+        f"  steps     {verdict.steps} in {verdict.virtual_s:.0f} s of virtual time",
+        f"  sequences {_counts(verdict.endings)}",
+        f"  faults    {_counts(verdict.faults)}",
+    ]
+    for failure in verdict.failures:
+        lines += _failure_lines(failure, options)
+    return lines
+
+
+def _failure_lines(failure: Failure, options: str) -> list[str]:
+    only = ",".join(map(str, failure.keep))
+    least = f" --only {only}" if failure.keep else " --faults none"
+    return [
+        f"seed {failure.seed}: {failure.error.splitlines()[0]}",
+        f"  replay    headrace simulate --seeds {failure.seed}{options}",
+        f"  smallest  headrace simulate --seeds {failure.seed}{options}{least}",
+        *(
+            f"    at {fault.at_s:.3f} s  {fault.kind} {fault.where} {fault.other}".rstrip()
+            + f"  (for {fault.for_s:g} s, amount {fault.amount})"
+            for fault in failure.faults
+        ),
+    ]
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
+
+
+def _seeds(text: str) -> range:
+    first, colon, end = text.partition(":")
+    try:
+        seeds = range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
+    except ValueError:
+        raise ValueError(f"--seeds is {text!r}; give one seed as in 7, or a range as in 0:1000") from None
+    if not seeds or seeds[0] < 0:
+        raise ValueError(f"--seeds {text} names no seed; give a range of numbers from 0 as in 0:1000")
+    return seeds
+
+
+def _scope(faults: str, count: int, only: str | None, config: Path | None) -> Scope:
+    from headrace.sim.faults import Kind
+    from headrace.sim.search import Scope
+
+    if faults == "default":
+        kinds = tuple(Kind)
+    elif faults == "none":
+        kinds = ()
+    else:
+        names = {str(kind): kind for kind in Kind}
+        wanted = [name.strip() for name in faults.split(",")]
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ValueError(f"--faults: there is no {unknown[0]!r}; there are {', '.join(names)}")
+        kinds = tuple(names[name] for name in wanted)
+    keep = None
+    if only is not None:
+        try:
+            keep = tuple(int(number) for number in only.split(","))
+        except ValueError:
+            raise ValueError(f"--only is {only!r}; give numbers as in 0,3") from None
+        most = count if kinds else 0
+        if any(not 0 <= number < most for number in keep):
+            raise ValueError(f"--only {only}: {most} faults are drawn, numbered from 0")
+    roles = None if config is None else tuple(_workers(config).items())
+    return Scope(kinds, roles, count, keep)
+
+
+def _workers(config: Path) -> dict[str, Role]:
+    """Workers by name, as a cluster's file counts them."""
+    from headrace.config.cluster import read_cluster
+    from headrace.protocol.messages import Role
+
+    pools = read_cluster(config).pools
+    sizes = {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.BOTH: pools.both}
+    workers = {
+        f"{role}{number}": role
+        for role, pool in sizes.items()
+        if pool is not None
+        for number in range(pool.replicas)
+    }
+    if not any(role.decodes for role in workers.values()):
+        raise ValueError(f"{config}: pools: no worker decodes; add one, as in decode: {{replicas: 1}}")
+    return workers

@@ -1,0 +1,75 @@
+"""The search: it tells what broke, with the fewest faults that break it, and how to see it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from headrace.cli.app import app
+from headrace.sim import life
+from headrace.sim.cluster import Violation
+from headrace.sim.faults import Kind
+from headrace.sim.life import Plan, Report
+from headrace.sim.search import Scope, search, shrink
+
+
+def test_shrinking_finds_the_fewest() -> None:
+    assert shrink(range(8), lambda kept: 5 in kept) == (5,)
+    assert shrink(range(8), lambda kept: {1, 6} <= set(kept)) == (1, 6)
+    assert shrink(range(8), lambda kept: True) == ()
+
+
+def breaks_when_something_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(seed: int, what: Plan | None = None) -> Report:
+        assert what is not None
+        if any(fault.kind is Kind.CUT for fault in what.faults):
+            raise Violation("a cut was noticed")
+        return Report(seed, "", life.Counter(), life.Counter(), 1, 1.0)
+
+    monkeypatch.setattr("headrace.sim.search.live", broken)
+
+
+def test_a_failing_seed_is_told_with_the_faults_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks_when_something_is_cut(monkeypatch)
+    verdict = search(range(30), Scope())
+    assert verdict.seeds == 30
+    assert 0 < len(verdict.failures) < 30
+    for failure in verdict.failures:
+        assert [fault.kind for fault in failure.faults] == [Kind.CUT]
+        whole = Scope().plan(failure.seed).faults
+        assert [whole[number] for number in failure.keep] == list(failure.faults)
+
+
+def test_the_command_says_how_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks_when_something_is_cut(monkeypatch)
+    found = CliRunner().invoke(app, ["simulate", "--seeds", "0:10", "--faults", "cut,crash"])
+    assert found.exit_code == 1
+    seed = search(range(10), Scope((Kind.CUT, Kind.CRASH))).failures[0]
+    options = f"--seeds {seed.seed} --faults cut,crash --only {seed.keep[0]}"
+    assert f"headrace simulate {options}\n" in found.output
+    assert CliRunner().invoke(app, ["simulate", *options.split()]).exit_code == 1
+
+
+def test_a_real_history_from_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("pools:\n  prefill: {replicas: 1}\n  decode: {replicas: 1}\n")
+    found = CliRunner().invoke(app, ["simulate", "--seeds", "1", "--faults", "none", "--config", str(config)])
+    assert found.exit_code == 0, found.output
+    assert "1 histories, 0 with violations" in found.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seeds", "x"], "--seeds is 'x'"),
+        (["--seeds", "5:5"], "names no seed"),
+        (["--faults", "flood"], "there is no 'flood'"),
+        (["--only", "6"], "6 faults are drawn"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(options: list[str], said: str) -> None:
+    found = CliRunner().invoke(app, ["simulate", *options])
+    assert found.exit_code == 1
+    assert said in found.output + found.stderr
