@@ -21,8 +21,8 @@ STOP_TIMEOUT_S = 20.0
 class Served:
     """A server from entering to leaving the context; `lines` is what it said."""
 
-    def __init__(self, model: Path, *options: str) -> None:
-        self.command = [sys.executable, "-m", "headrace", "serve", str(model), "--port", "0", *options]
+    def __init__(self, model: Path, *options: str, command: str = "serve") -> None:
+        self.command = [sys.executable, "-m", "headrace", command, str(model), "--port", "0", *options]
         self.lines: list[str] = []
         self._said: queue.Queue[str | None] = queue.Queue()
 
