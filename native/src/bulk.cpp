@@ -13,7 +13,7 @@
 namespace headrace {
 namespace {
 
-constexpr size_t kPieceBytes = 256 * 1024;  // what one system call moves stays in the second-level cache
+constexpr size_t kPieceBytes = 512 * 1024;  // what one system call moves stays in the second-level cache
 constexpr int kEntries = 64;
 constexpr int kPatienceMs = 5;  // also how late a cancellation may be noticed
 constexpr auto kSlice = std::chrono::milliseconds(50);
