@@ -22,8 +22,12 @@ from headrace.api.idempotency import Idempotency
 from headrace.api.lifecycle import lifecycle_routes, model_routes
 from headrace.api.origins import NamedOrigins
 from headrace.api.quota import KeyRing
+from headrace.api.schema import MAX_DETOKENIZED
 from headrace.api.served import Server
 from headrace.api.tokenize import tokenize_routes
+
+OTHER_VALUES = 65_536
+"""In a body, beside its longest list or text."""
 
 
 def create_app(server: Server) -> FastAPI:
@@ -43,7 +47,12 @@ def create_app(server: Server) -> FastAPI:
     app.add_middleware(Idempotency)
     if options.keys:
         app.add_middleware(KeyRequired, keys=KeyRing(options.keys, time.monotonic))
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=options.max_body_bytes,
+        # The longest texts may consist of them, the longest lists of ids do.
+        max_values=max(options.max_prompt_characters, MAX_DETOKENIZED) + OTHER_VALUES,
+    )
     if options.cors_origins:
         app.add_middleware(NamedOrigins, origins=options.cors_origins)
     app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]

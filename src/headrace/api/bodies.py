@@ -1,4 +1,4 @@
-"""Keeps bodies within a limit of size, before they are read whole, and of time.
+"""Keeps bodies within limits of size and of values, before they are read whole, and of time.
 
 In: every HTTP request. Out: the same, or a 413, or a 408. One layer around the application, outside the one
 that asks for keys. What goes out is looked at only as long as the body has not come whole, so a stream of
@@ -30,18 +30,28 @@ BODY_GAP_S = 60.0
 without a key, and would hold it forever."""
 
 
-class BodyLimit:
-    """ASGI middleware that refuses bodies of more than `max_bytes`, and those that stop coming."""
+SEPARATORS = (b",", b"[", b"{")
+"""A value in JSON stands at the start of the body or after one of these or a colon, whose comma or brace is
+counted. They are counted in texts as well, since nothing is parsed here."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+
+class BodyLimit:
+    """ASGI middleware that refuses bodies of more than `max_bytes`, and those that stop coming.
+
+    And those with more than `max_values` commas, brackets and braces: a value of two bytes in JSON takes some
+    hundred bytes of memory, and the time to make it, however soon it is refused.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_values: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_values = max_values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not (length := _announced(scope)):
             await self._app(scope, receive, send)
             return
-        body = _Incoming(scope, receive, send, self._max_bytes)
+        body = _Incoming(scope, receive, send, self._max_bytes, self._max_values)
         if length > self._max_bytes:
             await ApiError.of_status(413, body.too_large()).response()(scope, body.receive, body.send)
         else:
@@ -51,11 +61,13 @@ class BodyLimit:
 class _Incoming:
     """One body on its way in, and the answer if it comes before the body is whole."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, max_values: int) -> None:
         self._receive = receive
         self._send = send
         self._max_bytes = max_bytes
+        self._max_values = max_values
         self._total = 0
+        self._values = 0
         self._whole = False
         self._waits_for_leave = any(name == b"expect" for name, _ in scope["headers"])
 
@@ -77,6 +89,12 @@ class _Incoming:
             ) from None
         if self._total > self._max_bytes:
             raise HTTPException(413, self.too_large())
+        if self._values > self._max_values:
+            raise HTTPException(
+                413,
+                "the body has too many values: the limit is "
+                f"{self._max_values} commas, brackets and braces, those in texts included",
+            )
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
@@ -106,7 +124,10 @@ class _Incoming:
 
     async def _next(self) -> Message:
         message = await self._receive()
-        self._total += len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._total += len(body)
+        if self._values <= self._max_values:
+            self._values += sum(map(body.count, SEPARATORS))
         self._whole = not message.get("more_body", False)  # also when the client has left
         return message
 

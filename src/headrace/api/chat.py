@@ -39,7 +39,7 @@ def chat_routes(server: Server) -> APIRouter:
         """Continue a conversation."""
         check_model(server, body.model)
         terms = Terms.of(server, request, body.timeout)
-        text = rendered(server, body.messages, body.template_arguments)
+        text = await rendered(server, body.messages, body.template_arguments)
         prompt = await encoded(server, text, "messages", add_special_tokens=False)
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if max_tokens is None:

@@ -160,11 +160,12 @@ class Idempotency:
         finally:
             run.ended_s = self._clock()
             run.tell()
-            if self._runs.get(identity) is run:
-                del self._runs[identity]
+            own = self._runs.get(identity, run) is run  # one that was abandoned has left its place to others
+            if own:
+                self._runs.pop(identity, None)
             whole = run.messages and not run.messages[-1].get("more_body", False)
             good = whole and run.messages[0].get("status") == 200 and not state.get(FAILED)
-            if good and run.error is None and run.size <= self._limits.total_bytes:
+            if own and good and run.error is None and run.size <= self._limits.total_bytes:
                 self._runs[identity] = run.joined()
                 self._kept_bytes += run.size
                 self._forget()

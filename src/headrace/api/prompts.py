@@ -12,11 +12,14 @@ from typing import Any
 
 from headrace.api.errors import ApiError
 from headrace.api.schema import ChatMessage, spelled
-from headrace.api.served import Server
+from headrace.api.served import ENCODE_INLINE_CHARACTERS, Server
 from headrace.text import TextError
 
+RENDER_INLINE_MESSAGES = 64
+"""Conversations up to this length are rendered at once (about 1 ms), longer ones beside the event loop."""
 
-def rendered(server: Server, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]) -> str:
+
+async def rendered(server: Server, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]) -> str:
     """A conversation as the model's chat template writes it. Raises ApiError, TextError."""
     template = server.model.chat_template
     if template is None:
@@ -25,7 +28,16 @@ def rendered(server: Server, messages: Sequence[ChatMessage], arguments: Mapping
             f"the model {server.model.name!r} has no chat template; send a prompt to /v1/completions",
             param="messages",
         )
-    return template.render([message.model_dump() for message in messages], **arguments)
+
+    def render() -> str:
+        return template.render([message.model_dump() for message in messages], **arguments)
+
+    characters = sum(len(message.content) for message in messages if isinstance(message.content, str))
+    parts = sum(len(message.content) for message in messages if isinstance(message.content, list))
+    check_length(server, characters, "messages")
+    if len(messages) + parts <= RENDER_INLINE_MESSAGES and characters <= ENCODE_INLINE_CHARACTERS:
+        return render()
+    return await server.model.beside(render)
 
 
 async def encoded(server: Server, text: str, field: str, *, add_special_tokens: bool) -> list[int]:

@@ -54,8 +54,14 @@ class Caller:
         self._most_at_once = key.concurrent_requests
         self.running = 0
 
+    def begin(self) -> None:
+        """Count a request that is going to generate, before its texts are looked at. Raises ApiError 429."""
+        self._check_running()
+        self.admit_small()
+
     def admit(self, prompt_tokens: int) -> Admission:
-        """Let a generation in, its prompts counted; close the admission when it has ended.
+        """Let a generation in that has begun, its prompts' tokens counted; close the admission when it has
+        ended.
 
         Raises ApiError: 429 for what a later attempt may get, 400 for a prompt above a minute's tokens.
         """
@@ -70,13 +76,7 @@ class Caller:
                     code="rate_limit_exceeded",
                 )
             self._demand(self._tokens, max(1, prompt_tokens), "tokens", now)
-        if self._most_at_once is not None and self.running >= self._most_at_once:
-            raise ApiError(
-                429,
-                f"the key {self.name!r} may run {self._most_at_once} requests at once; wait for one to end",
-                code="rate_limit_exceeded",
-            )
-        self.admit_small()
+        self._check_running()
         if self._tokens is not None:
             self._tokens.take(prompt_tokens, now)
         self.running += 1
@@ -93,6 +93,14 @@ class Caller:
         self.running -= 1
         if self._tokens is not None:
             self._tokens.take(output_tokens, self._clock())
+
+    def _check_running(self) -> None:
+        if self._most_at_once is not None and self.running >= self._most_at_once:
+            raise ApiError(
+                429,
+                f"the key {self.name!r} may run {self._most_at_once} requests at once; wait for one to end",
+                code="rate_limit_exceeded",
+            )
 
     def _demand(self, bucket: Bucket, amount: int, unit: str, now: float) -> None:
         wait_s = bucket.wait_s(amount, now)

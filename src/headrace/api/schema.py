@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -25,6 +26,10 @@ from headrace.engine.limits import MAX_LOGPROBS
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_PROMPTS = 256
+MAX_MESSAGES = 4096
+MAX_CONTENT_PARTS = 4096
+MAX_LOGIT_BIAS = 4096
+MAX_STOP_TOKEN_IDS = 4096
 MAX_TOKEN_ID_DIGITS = 10
 MAX_SALT_CHARACTERS = 256
 MAX_TIMEOUT_S = 86_400
@@ -38,7 +43,11 @@ PROMPT_FORMS = "send a text, an array of texts, an array of token ids, or an arr
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-StopStrings = str | list[str] | None
+Parts = Annotated[list[dict[str, Any]], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
+"""Lists end at their first wrong item: pydantic would note an error for each of a million."""
+StopList = Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+StopStrings = str | StopList | None
+TokenIds = Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -109,7 +118,7 @@ class SamplingFields(Body):
     repetition_penalty: Number | None = None
     min_tokens: int | None = None
     ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
@@ -150,22 +159,34 @@ class SamplingFields(Body):
             raise ValueError(f"it must be at least 0, or -1 to keep all, got {spelled(top_k)}")
         return top_k
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few_stops(cls, stop: Any) -> Any:
+        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(stop)} stop strings, the limit is {MAX_STOP_STRINGS}")
+        return stop
+
     @field_validator("stop")
     @classmethod
     def _bounded_stop(cls, stop: StopStrings) -> StopStrings:
         strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(strings)} stop strings, the limit is {MAX_STOP_STRINGS}")
         if any(not 0 < len(string) <= MAX_STOP_CHARACTERS for string in strings):
             raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
         return stop
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"{len(bias)} token ids, the limit is {MAX_LOGIT_BIAS}")
+        return bias
 
     @field_validator("logit_bias")
     @classmethod
     def _numbered_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for key in bias or ():
             if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
-                raise ValueError(f"{key!r} is not a token id")
+                raise ValueError(f"{key[:40]!r} is not a token id")
         return bias
 
     @field_validator("cache_salt")
@@ -193,7 +214,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, WithJsonSchema({"enum": list(ROLES)})]
-    content: Annotated[str | list[dict[str, Any]] | None, Field(validate_default=True)] = None
+    content: Annotated[str | Parts | None, Field(validate_default=True)] = None
 
     @field_validator("content")
     @classmethod
@@ -212,6 +233,9 @@ class ChatMessage(BaseModel):
         return role
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -221,7 +245,7 @@ class ResponseFormat(BaseModel):
     @classmethod
     def _only_text(cls, kind: str) -> str:
         if kind != "text":
-            raise ValueError(f"{kind!r} is not served, only 'text' is")
+            raise ValueError(f"{kind[:40]!r} is not served, only 'text' is")
         return kind
 
 
@@ -254,7 +278,7 @@ class TemplateFields(Body):
 
 
 class ChatCompletionRequest(SamplingFields, TemplateFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -288,32 +312,34 @@ def _check_items(items: list[Any], kind: type | None, name: str) -> None:
     raise ValueError(f"{found}; {PROMPT_FORMS}")
 
 
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _some_prompts(prompt: Any) -> Any:
+    """Here and not by the union, which tries every form on every item and keeps all errors of them all."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise ValueError(f"got {spelled(prompt)}; {PROMPT_FORMS}")
+    if not prompt:
+        raise ValueError("the list of prompts is empty")
+    kind = type(prompt[0])
+    if kind is not int and len(prompt) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompt)} prompts, the limit is {MAX_PROMPTS}")
+    _check_items(prompt, kind if kind in (str, int, list) else None, "prompt")
+    if kind is list:
+        for number, tokens in enumerate(prompt):
+            _check_items(tokens, int, f"prompt[{number}]")
+    return prompt
+
+
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[Prompt, PlainValidator(_some_prompts, json_schema_input_type=Prompt)]
     echo: bool = False
     logprobs: int | None = None
     suffix: str | None = None
     best_of: int | None = None
     add_special_tokens: bool = True
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _some_prompts(cls, prompt: Any) -> Any:
-        """Here and not by the union, whose errors are those of the one form that it tried first."""
-        if isinstance(prompt, str):
-            return prompt
-        if not isinstance(prompt, list):
-            raise ValueError(f"got {spelled(prompt)}; {PROMPT_FORMS}")
-        if not prompt:
-            raise ValueError("the list of prompts is empty")
-        kind = type(prompt[0])
-        if kind is not int and len(prompt) > MAX_PROMPTS:
-            raise ValueError(f"{len(prompt)} prompts, the limit is {MAX_PROMPTS}")
-        _check_items(prompt, kind if kind in (str, int, list) else None, "prompt")
-        if kind is list:
-            for number, tokens in enumerate(prompt):
-                _check_items(tokens, int, f"prompt[{number}]")
-        return prompt
 
     @field_validator("suffix")
     @classmethod
@@ -332,7 +358,7 @@ class CompletionRequest(SamplingFields):
 
 class TokenizeRequest(TemplateFields):
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     tools: list[Any] | None = None
@@ -352,4 +378,4 @@ class TokenizeRequest(TemplateFields):
 
 
 class DetokenizeRequest(Body):
-    tokens: list[int] = Field(max_length=MAX_DETOKENIZED)
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED, fail_fast=True)]

@@ -30,11 +30,15 @@ class Terms:
 
     @classmethod
     def of(cls, server: Server, request: Request, timeout_s: float | None) -> Terms:
-        """The shortest of the timeouts counts. Raises ApiError 400 for a header that is no number of
-        seconds."""
+        """The shortest of the timeouts counts. Counts the request against its caller's.
+
+        Raises ApiError: 400 for a header that is no number of seconds, 429 where the caller may not begin.
+        """
         asked = [timeout_s, _from_header(request), server.options.request_timeout_s]
         given = [seconds for seconds in asked if seconds is not None]
-        return cls(caller_of(request.scope), min(given, default=None), asyncio.get_running_loop().time())
+        if (caller := caller_of(request.scope)) is not None:
+            caller.begin()
+        return cls(caller, min(given, default=None), asyncio.get_running_loop().time())
 
     def admit(self, prompt_tokens: int) -> Admission:
         """Raises ApiError 429 where the caller may have no more now."""

@@ -28,7 +28,7 @@ def tokenize_routes(server: Server) -> APIRouter:
         check_model(server, body.model)
         admit_small(request)
         if body.messages is not None:
-            text = rendered(server, body.messages, body.template_arguments)
+            text = await rendered(server, body.messages, body.template_arguments)
             tokens = await encoded(server, text, "messages", add_special_tokens=bool(body.add_special_tokens))
         else:
             special = body.add_special_tokens is not False
