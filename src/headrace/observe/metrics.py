@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from headrace import __version__
 from headrace.cluster import Ending, GatewayObserver
 from headrace.observe.instruments import Counter, CounterBy, Gauge, Histogram, Info, Instrument
+from headrace.protocol.handoff import Cause
 from headrace.protocol.messages import EngineInfo, ImportSettled, StepStats
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
@@ -46,6 +47,7 @@ _FINISHED = {
     FinishReason.ERROR: "error",
 }
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+TRANSFERRED = "transferred"
 _Totals = tuple[int, int, int, int]
 _NO_TOTALS = (0, 0, 0, 0)
 
@@ -101,7 +103,7 @@ class Metrics(GatewayObserver, Collector):
                 "kv_transfers",
                 "Transfers of a prompt's KV blocks between workers, by how they ended.",
                 "outcome",
-                ["transferred", "failed"],
+                [TRANSFERRED, *map(str, Cause)],
             )
         )
         self._moved_bytes = add(Counter("kv_transfer_bytes", "KV bytes fetched from other workers."))
@@ -213,7 +215,7 @@ class Metrics(GatewayObserver, Collector):
         self._replays.value += 1
 
     def handed_over(self, settled: ImportSettled) -> None:
-        self._handoffs.values["transferred" if settled.imported else "failed"] += 1
+        self._handoffs.values[str(settled.cause or TRANSFERRED)] += 1
         if settled.imported:
             self._moved_bytes.value += settled.bytes_moved
             self._moved_s.observe(settled.move_s)

@@ -23,6 +23,18 @@ class Leg(enum.StrEnum):
     """Reserve blocks for the prompt, wait until they are filled or that has failed, and decode."""
 
 
+class Cause(enum.StrEnum):
+    """Why blocks did not come, or may not be used."""
+
+    UNREACHABLE = "unreachable"  # no connection to the source came about
+    LOST = "lost"  # it broke, or the source ended it
+    DENIED = "denied"  # the source does not hold them any more: expired, dropped, of another life
+    MISMATCH = "mismatch"  # they are of another prompt, model, precision, tenant or layout
+    CORRUPT = "corrupt"  # checksums differ, or what came is no answer
+    STALLED = "stalled"  # nothing came for too long
+    ABANDONED = "abandoned"  # nobody prefills any more
+
+
 class BlockSpan(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive blocks of one KV group."""
 

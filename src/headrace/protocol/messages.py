@@ -20,7 +20,7 @@ import enum
 
 import msgspec
 
-from headrace.protocol.handoff import Leg, Ticket
+from headrace.protocol.handoff import Cause, Leg, Ticket
 from headrace.protocol.requests import GenerateRequest, Progress, SequenceOutput
 
 PROTOCOL_VERSION = 2
@@ -183,6 +183,8 @@ class ImportSettled(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     imported: bool
+    cause: Cause | None = None
+    """None where they were imported."""
     reason: str = ""
     bytes_moved: int = 0
     blocks: int = 0

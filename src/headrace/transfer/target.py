@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 from headrace.protocol.channel import Channel, ProtocolError
-from headrace.protocol.handoff import Reserved, Ticket
+from headrace.protocol.handoff import Cause, Reserved, Ticket
 from headrace.transfer.messages import Checksums, Chunk, Confirm, Confirmed, Denied, FromSource, Want
 from headrace.transfer.pool import Pool
 from headrace.world import ConnectFailed, Connection, ConnectionLost, World
@@ -49,6 +49,10 @@ class Patience:
 class TransferFailed(Exception):
     """The blocks did not come, or may not be used. The text says why."""
 
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
@@ -75,17 +79,19 @@ async def fetch(
     try:
         connection = await world.network.connect(ticket.address, timeout_s=CONNECT_TIMEOUT_S, plain=True)
     except ConnectFailed as error:
-        raise TransferFailed(f"the source cannot be reached ({error.reason})") from error
+        raise TransferFailed(Cause.UNREACHABLE, f"the source cannot be reached ({error.reason})") from error
     try:
         return await _pull(world, pool, reserved, ticket, connection, began, patience or Patience())
     except ConnectionLost as loss:
-        raise TransferFailed(f"the connection to the source was lost ({loss.reason})") from loss
+        raise TransferFailed(Cause.LOST, f"the connection to the source was lost ({loss.reason})") from loss
     except asyncio.IncompleteReadError as error:
-        raise TransferFailed("the source ended the connection in the middle of a block") from error
+        raise TransferFailed(Cause.LOST, "the source ended the connection within a block") from error
     except ProtocolError as error:
-        raise TransferFailed(f"the source sent what is no answer ({error.reason})") from error
+        raise TransferFailed(Cause.CORRUPT, f"the source sent what is no answer ({error.reason})") from error
     except TimeoutError as error:
-        raise TransferFailed(f"nothing came from the source for {STALL_TIMEOUT_S:g} s") from error
+        raise TransferFailed(
+            Cause.STALLED, f"nothing came from the source for {STALL_TIMEOUT_S:g} s"
+        ) from error
     finally:
         connection.abort()  # all that had to be said was said
 
@@ -93,9 +99,11 @@ async def fetch(
 def _check(pool: Pool, reserved: Reserved, ticket: Ticket) -> None:
     """The source's blocks must be what this worker would have computed itself, position for position."""
     if ticket.kv_layout != pool.layout:
-        raise TransferFailed(f"the source's blocks are {ticket.kv_layout}, and ours {pool.layout}")
+        raise TransferFailed(
+            Cause.MISMATCH, f"the source's blocks are {ticket.kv_layout}, and ours {pool.layout}"
+        )
     if ticket.prompt_tokens != reserved.prompt_tokens or ticket.identities != reserved.identities:
-        raise TransferFailed("the source computes another prompt, model, precision or tenant")
+        raise TransferFailed(Cause.MISMATCH, "the source computes another prompt, model, precision or tenant")
 
 
 async def _pull(
@@ -116,29 +124,29 @@ async def _pull(
     while filled < len(places):
         chunk = await patience.next(channel)
         if not isinstance(chunk, Chunk) or not 0 < chunk.count <= len(places) - filled:
-            raise TransferFailed(_why(chunk))
+            raise _refusal(chunk)
         first_s = world.now() if first_s is None else first_s
         async with asyncio.timeout(STALL_TIMEOUT_S):
             arrived = await connection.read_into(pool.views(places[filled : filled + chunk.count]))
             sent = await channel.receive()
         if not isinstance(sent, Checksums):
-            raise TransferFailed(_why(sent))
+            raise _refusal(sent)
         if sent.values != arrived:
-            raise TransferFailed("bytes were changed on the way: checksums differ")
+            raise TransferFailed(Cause.CORRUPT, "bytes were changed on the way: checksums differ")
         filled += chunk.count
     channel.post(Confirm())
     async with asyncio.timeout(STALL_TIMEOUT_S):
         confirmed = await channel.receive()
     if not isinstance(confirmed, Confirmed):
-        raise TransferFailed(_why(confirmed))
+        raise _refusal(confirmed)
     now = world.now()
     first_s = now if first_s is None else first_s
     return Fetched(len(places), len(places) * pool.block_bytes, first_s - began, now - first_s)
 
 
-def _why(answer: FromSource | None) -> str:
+def _refusal(answer: FromSource | None) -> TransferFailed:
     if isinstance(answer, Denied):
-        return answer.reason
+        return TransferFailed(Cause.DENIED, answer.reason)
     if answer is None:
-        return "the source ended the connection"
-    return f"the source sent {type(answer).__name__} out of turn"
+        return TransferFailed(Cause.LOST, "the source ended the connection")
+    return TransferFailed(Cause.CORRUPT, f"the source sent {type(answer).__name__} out of turn")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from headrace.protocol.engine_messages import Continue, Release
-from headrace.protocol.handoff import Reserved, Ticket
+from headrace.protocol.handoff import Cause, Reserved, Ticket
 from headrace.protocol.messages import ImportSettled
 from headrace.transfer import Fetched, Patience, Pool, TransferFailed, fetch
 from headrace.world import World
@@ -104,18 +104,18 @@ class Imports:
 
     async def _pull(self, request_id: str, one: _Import, ticket: Ticket) -> None:
         fetched: Fetched | None = None
-        reason = "nobody computes the blocks any more"
+        cause, reason = Cause.ABANDONED, "nobody computes the blocks any more"
         try:
             fetched = await fetch(self._world, self._pool, one.reserved, ticket, one.patience)
         except TransferFailed as failure:
-            reason = str(failure)
+            cause, reason = failure.cause, str(failure)
         except asyncio.CancelledError:
             if self._open.get(request_id) is not one:
                 raise  # closed
         one.pull = None
         self._world.trace("import", request_id, "imported" if fetched else reason)
         if fetched is None:
-            one.settled = ImportSettled(request_id, False, reason)
+            one.settled = ImportSettled(request_id, False, cause, reason)
         else:
             one.settled = ImportSettled(
                 request_id,
