@@ -188,7 +188,9 @@ class Talk:
             return True
         try:
             command(argument.strip())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+        except ValueError as error:
             self._fail(str(error))
         return True
 
