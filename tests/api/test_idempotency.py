@@ -190,3 +190,42 @@ def test_what_is_kept_is_bounded_in_number_size_and_time() -> None:
         assert not await kept("z")
 
     asyncio.run(main())
+
+
+def test_an_abandoned_run_that_ends_well_keeps_off_the_next_one() -> None:
+    async def main() -> None:
+        ends = [asyncio.Event(), asyncio.Event()]
+        began: list[int] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            number = len(began)
+            began.append(number)
+            while not ends[number].is_set():
+                try:
+                    await ends[number].wait()
+                except asyncio.CancelledError:
+                    continue  # it goes on, whoever left
+            await Response(str(number))(scope, receive, send)
+
+        layer = Idempotency(app, Limits(grace_s=0))
+        first = asyncio.create_task(ask(layer, "k"))
+        while len(began) < 1:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        async with asyncio.timeout(10):
+            while layer._runs:
+                await asyncio.sleep(0)
+        second = asyncio.create_task(ask(layer, "k"))
+        while len(began) < 2:
+            await asyncio.sleep(0)
+        running = next(iter(layer._runs.values()))
+        ends[0].set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert next(iter(layer._runs.values())) is running
+        ends[1].set()
+        assert await second == "1"
+        assert await ask(layer, "k") == "1"
+
+    asyncio.run(main())
