@@ -26,10 +26,10 @@ def asks(kinds: int) -> list[dict[str, Any]]:
     """Bodies of completions: short and long prompts; stop strings, log-probabilities, two samples, seeds."""
     found: list[dict[str, Any]] = []
     for number in range(kinds):
-        prompt = f"Question {number}. " + _TEXT * (0, 2, 6, 16)[number % 4] + "And then"
+        prompt = f"Question {number}. " + _TEXT * (0, 1, 4, 8)[number % 4] + "And then"
         body: dict[str, Any] = {
             "prompt": prompt,
-            "max_tokens": 12 + number % 13,
+            "max_tokens": 8 + number % 9,
             "temperature": 0,
             "stream": True,
         }
