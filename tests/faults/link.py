@@ -68,7 +68,7 @@ class Link:
         try:
             self._shape("netem", "loss", f"{percent}%")
         except OSError:
-            # Room for two of the largest packets that the kernel sends in one piece, so that some get through.
+            # Room for two of the largest packets that the kernel sends in one piece: some get through.
             self._shape("tbf", "rate", "200mbit", "burst", "130kb", "limit", "130kb")
             return "overflow"
         return "netem"
