@@ -79,13 +79,13 @@ void bind_bulk(nb::module_& m) {
       .def("finish", &PinnedBulk::finish);
   m.def(
       "crc32c",
-      [](nb::handle data, uint32_t crc) {
+      [](nb::handle data, uint32_t crc, bool wide) {
         Pinned memory;
         const Bulk::Piece piece = memory.add(data, false);
         nb::gil_scoped_release unlocked;
-        return crc32c(crc, piece.memory, piece.size);
+        return crc32c(crc, piece.memory, piece.size, wide);
       },
-      "data"_a, "crc"_a = 0);
+      "data"_a, "crc"_a = 0, "wide"_a = true);
 }
 
 }  // namespace headrace

@@ -6,7 +6,7 @@
 
 namespace headrace {
 
-// Continue `crc` (0 at the beginning) over more bytes.
-uint32_t crc32c(uint32_t crc, const void* data, size_t size);
+// Continue `crc` (0 at the beginning) over more bytes. Not `wide`: as a processor without AVX-512 does it.
+uint32_t crc32c(uint32_t crc, const void* data, size_t size, bool wide = true);
 
 }  // namespace headrace

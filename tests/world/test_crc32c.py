@@ -24,10 +24,14 @@ def test_the_published_check_values() -> None:
     assert _native.crc32c(b"\xff" * 32) == 0x62A8AB43
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 767, 768, 769, 12_287, 12_288, 12_300, 26_001])
-def test_every_length(size: int) -> None:
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(
+    "size", [0, 1, 7, 8, 9, 511, 512, 513, 767, 768, 769, 1025, 12_287, 12_288, 12_300, 26_001]
+)
+def test_every_length(size: int, wide: bool) -> None:
     data = random.Random(size).randbytes(size)
     expected = by_definition(data)
-    assert _native.crc32c(data) == expected
-    assert _native.crc32c(data[size // 3 :], _native.crc32c(data[: size // 3])) == expected
-    assert _native.crc32c(memoryview(b"x" + data)[1:]) == expected
+    assert _native.crc32c(data, wide=wide) == expected
+    first = _native.crc32c(data[: size // 3], wide=wide)
+    assert _native.crc32c(data[size // 3 :], first, wide=wide) == expected
+    assert _native.crc32c(memoryview(b"x" + data)[1:], wide=wide) == expected
