@@ -82,7 +82,7 @@ def test_leaving_while_waiting_in_the_queue(slow_house: ApiHouse) -> None:
 def test_a_client_that_does_not_read_holds_up_nobody(house: ApiHouse) -> None:
     """Its socket is full long before its answer ends; others are served, and the memory for it is bounded."""
     stuck = post(house, "/v1/completions", prompt="a", stream=True, max_tokens=400, n=60, logprobs=20)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40  # of 24,000 tokens with 20 alternatives each
     while house.gateway.open_samples == 0:
         assert time.monotonic() < deadline
         time.sleep(0.001)
