@@ -11,7 +11,13 @@ import pytest
 
 from headrace.cluster.stream import OutputStream
 from headrace.protocol.messages import Role
-from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams, SequenceOutput
+from headrace.protocol.requests import (
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    SequenceOutput,
+)
 from headrace.sim import Simulation, run
 from headrace.sim.cluster import SimCluster
 
@@ -161,5 +167,28 @@ def test_a_drained_worker_says_why_it_left() -> None:
             while member.is_live:
                 await cluster.gateway.wait_changed()
         assert member.why_down == "it was drained"
+
+    in_cluster(CLUSTERS["1P2D"], body)
+
+
+def test_a_request_that_two_workers_died_under_is_not_carried_to_a_third() -> None:
+    async def body(cluster: SimCluster) -> None:
+        r = request("poison", length=200)
+        reading = asyncio.create_task(collect(cluster.gateway.submit(r)))
+        while "prefill placed" not in whats(cluster, "poison"):
+            await asyncio.sleep(0.001)
+        await cluster.workers["p"].crash()
+        while "prefill worker lost" not in whats(cluster, "poison"):
+            await asyncio.sleep(0.001)
+        home = next(w for n in ("d1", "d2") if (w := cluster.workers[n]).engine and w.engine.has_work)
+        await home.crash()
+        ((output,),) = (await reading).values()
+        assert output.finish is not None
+        assert output.finish.error is not None
+        assert output.finish.error.code is ErrorCode.UNAVAILABLE
+        assert "2 workers were lost under the request" in output.finish.error.message
+        cluster.workers["p"].restart()
+        home.restart()
+        await cluster.gateway.wait_ready(3)
 
     in_cluster(CLUSTERS["1P2D"], body)

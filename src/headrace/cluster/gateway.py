@@ -165,8 +165,12 @@ class Gateway:
             if accepted is None:
                 continue  # what became of another leg has ended it
             if accepted.prefill is not None and accepted.prefill.name == name:
+                accepted.deaths += died
                 accepted.journey.note(self._world.now(), "prefill worker lost", member.worker_id, why=why)
-                self._handoffs.prefill_over(accepted)
+                if accepted.deaths < self._options.max_deaths:
+                    self._handoffs.prefill_over(accepted)
+                else:
+                    self.replay(accepted, f"{member.worker_id} was lost ({why})")
             else:
                 accepted.deaths += died
                 self.replay(accepted, f"{member.worker_id} was lost ({why})")
