@@ -40,7 +40,7 @@ LEASE_S = 30.0
 ANSWER_TIMEOUT_S = 10.0
 """How long a target may take to say what it wants, or to confirm."""
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 128 << 20
 """Blocks are sent together up to this size, or one by one above it."""
 
 _TOKEN_BYTES = 16

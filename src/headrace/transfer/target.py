@@ -18,7 +18,10 @@ from headrace.world import ConnectFailed, Connection, ConnectionLost, World
 CONNECT_TIMEOUT_S = 5.0
 
 STALL_TIMEOUT_S = 10.0
-"""How long the bytes of a chunk, or an answer that needs no computation, may take to come."""
+"""How long an answer that needs no computation may take to come; a chunk has time for its bytes as well."""
+
+SLOWEST_BYTES_PER_S = 10e6
+"""What comes more slowly than this is given up: computing it is quicker."""
 
 
 class Patience:
@@ -89,9 +92,7 @@ async def fetch(
     except ProtocolError as error:
         raise TransferFailed(Cause.CORRUPT, f"the source sent what is no answer ({error.reason})") from error
     except TimeoutError as error:
-        raise TransferFailed(
-            Cause.STALLED, f"nothing came from the source for {STALL_TIMEOUT_S:g} s"
-        ) from error
+        raise TransferFailed(Cause.STALLED, "the source sent nothing, or too slowly") from error
     finally:
         connection.abort()  # all that had to be said was said
 
@@ -126,7 +127,7 @@ async def _pull(
         if not isinstance(chunk, Chunk) or not 0 < chunk.count <= len(places) - filled:
             raise _refusal(chunk)
         first_s = world.now() if first_s is None else first_s
-        async with asyncio.timeout(STALL_TIMEOUT_S):
+        async with asyncio.timeout(STALL_TIMEOUT_S + chunk.count * pool.block_bytes / SLOWEST_BYTES_PER_S):
             arrived = await connection.read_into(pool.views(places[filled : filled + chunk.count]))
             sent = await channel.receive()
         if not isinstance(sent, Checksums):
