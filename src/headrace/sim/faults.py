@@ -50,7 +50,7 @@ class Kind(enum.StrEnum):
     LATE = "late"
     """Every packet between two hosts takes `amount` ms longer for `for_s`: orders and tickets are stale."""
     NARROW = "narrow"
-    """Between two hosts pass `amount` bytes a second for `for_s`: transfers last."""
+    """Between two workers pass `amount` bytes a second for `for_s`: transfers last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,13 @@ class Fault:
 
 DRAIN_TIMEOUT_S = 20.0
 
-_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER, Kind.LATE, Kind.NARROW)
+_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER, Kind.LATE)
 _OF_GATEWAYS = (Kind.GATEWAY, Kind.GATEWAY_END, Kind.GATEWAY_POWER)
 
 _AMOUNTS = {
     Kind.SLOW: (20,),
     Kind.LATE: (20, 100, 500, 1500),
-    Kind.NARROW: (10_000, 50_000),
+    Kind.NARROW: (500, 2_000),
 }
 _BYTES = (0, 100, 700, 2000, 10_000)
 
@@ -93,7 +93,9 @@ def draw(
         kind = generator.choice(list(kinds))
         where = generator.choice(list(gateways if kind in _OF_GATEWAYS else workers))
         other = ""
-        if kind is Kind.CORRUPT:  # of the control channel TLS takes care; bytes of blocks have checksums
+        if (
+            kind is Kind.CORRUPT or kind is Kind.NARROW
+        ):  # of the control channel TLS takes care; bytes of blocks have checksums
             other = generator.choice([name for name in workers if name != where] or [where])
         elif kind in _BETWEEN:
             other = generator.choice([*gateways, *(name for name in workers if name != where)])

@@ -16,6 +16,7 @@ from headrace.protocol.messages import Role
 from headrace.sim.cluster import EngineShape, SimCluster, Violation
 from headrace.sim.faults import Fault, Kind, draw, play
 from headrace.sim.load import Load, draw_request
+from headrace.sim.network import WINDOW_BYTES
 from headrace.sim.simulation import Simulation, run
 
 REQUESTS = 80
@@ -36,6 +37,7 @@ CLUSTERS: tuple[dict[str, Role], ...] = (
 MAX_NUM_SEQS = (2, 3, 6)
 NUM_BLOCKS = (64, 80, 200)
 LEASES_S = (0.2, 5.0)
+WINDOWS_BYTES = (512, WINDOW_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Plan:
     gateways: int
     shape: EngineShape
     lease_s: float
+    window_bytes: int
+    """Of a connection: with few, a transfer reads and writes blocks for as long as its link is slow."""
     faults: tuple[Fault, ...]
 
 
@@ -74,10 +78,10 @@ def plan(
     roles = chance.choice(list(clusters))
     gateways = chance.choice([1, 1, 2])
     shape = EngineShape(max_num_seqs=chance.choice(MAX_NUM_SEQS), num_blocks=chance.choice(NUM_BLOCKS))
-    lease_s = chance.choice(LEASES_S)
+    lease_s, window_bytes = chance.choice(LEASES_S), chance.choice(WINDOWS_BYTES)
     names = SimCluster.gateway_names(gateways)
     faults = draw(chance, list(roles), count, LOAD_S, gateways=names, kinds=kinds) if kinds else []
-    return Plan(roles, gateways, shape, lease_s, tuple(faults))
+    return Plan(roles, gateways, shape, lease_s, window_bytes, tuple(faults))
 
 
 def live(seed: int, what: Plan | None = None) -> Report:
@@ -91,7 +95,8 @@ def live(seed: int, what: Plan | None = None) -> Report:
         cluster = SimCluster(
             simulation, lived.roles, shape=lived.shape, lease_s=lived.lease_s, gateways=lived.gateways
         )
-        load = Load(cluster, LOAD_S)
+        orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in lived.faults)
+        load = Load(cluster, LOAD_S, orderly=orderly)
         await cluster.start()
         try:
             async with asyncio.TaskGroup() as group:
@@ -114,7 +119,13 @@ def live(seed: int, what: Plan | None = None) -> Report:
             await cluster.stop()
 
     try:
-        outcome = run(main, seed=seed, max_virtual_s=600.0, max_callbacks=3_000_000)
+        outcome = run(
+            main,
+            seed=seed,
+            window_bytes=lived.window_bytes,
+            max_virtual_s=200.0,
+            max_callbacks=5_000_000,
+        )
     except BaseExceptionGroup as group:
         raise first_of(group) from group
     kinds = Counter(str(fault.kind) for fault in lived.faults)

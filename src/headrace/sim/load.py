@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.cluster import Gateway
+from headrace.cluster.journey import Journey
 from headrace.cluster.stream import OutputStream
 from headrace.engine import RequestRefused
 from headrace.protocol.requests import (
@@ -26,6 +27,8 @@ from headrace.protocol.requests import (
 from headrace.sim.cluster import SimCluster, Violation
 
 TENANTS = ("", "", "blue", "green")
+CROSSING_S = 0.01
+"""How long an order may take to a worker that says goodbye meanwhile."""
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -79,8 +82,10 @@ class _Answer:
 class Load:
     """All clients of one run; `endings` counts how their samples ended."""
 
-    def __init__(self, cluster: SimCluster, within_s: float) -> None:
+    def __init__(self, cluster: SimCluster, within_s: float, *, orderly: bool = False) -> None:
+        """`orderly`: workers come and go only by being drained, and links are quick."""
         self._cluster = cluster
+        self._orderly = orderly
         self._within_s = within_s
         self._asked: list[GenerateRequest] = []
         self.endings: Counter[str] = Counter()
@@ -128,6 +133,8 @@ class Load:
                 else:
                     stream.cancel(request.request_id)
         self._check(answer, stream)
+        if self._orderly:
+            _check_drained(gateway.journeys.of(request.request_id)[0])
         # Who asked meanwhile may have put its prompt into the cache as well.
         self._check_tenant(answer, gateway, [*others, *self._asked[len(others) + 1 :]])
         for index in range(request.sampling.n):
@@ -172,6 +179,22 @@ class Load:
                 f"{request.request_id} found {answer.cached} tokens of its prompt cached, and its tenant "
                 f"{request.cache_salt!r} had no more than {most} of them computed"
             )
+
+
+def _check_drained(journey: Journey) -> None:
+    """A drained worker left only when all was over that it had; an order may have crossed its goodbye."""
+    placed_s = {"prefill worker lost": 0.0, "replayed": 0.0}
+    for entry in journey.entries:
+        if entry.what == "placed":
+            placed_s["replayed"] = entry.at_s
+        elif entry.what == "prefill placed":
+            placed_s["prefill worker lost"] = entry.at_s
+        elif entry.what in placed_s and "it was drained" in str(entry.detail.get("why")):
+            for_s = entry.at_s - placed_s[entry.what]
+            if for_s > CROSSING_S:
+                raise Violation(
+                    f"{journey.request_id} was left by {entry.worker}, which had drained, after {for_s:.3f} s"
+                )
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
