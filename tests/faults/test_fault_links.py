@@ -22,6 +22,8 @@ from asks import Answer, ask
 from link import Link, why_not
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.observe.metrics import TRANSFERRED
+
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(180)]
 
@@ -120,12 +122,13 @@ class Behind:
     def transfers(self) -> dict[str, float]:
         """How many transfers ended how."""
         page = httpx.get(f"{self.url}/metrics", timeout=10).text
-        return {
-            "failed" if "failed" in sample.labels.values() else "transferred": sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == "headrace:kv_transfers_total"
-        }
+        found = {"transferred": 0.0, "failed": 0.0}
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == "headrace:kv_transfers_total":
+                    came = sample.labels["outcome"] == TRANSFERRED
+                    found["transferred" if came else "failed"] += sample.value
+        return found
 
     def bodies(self) -> list[dict[str, Any]]:
         """Long prompts that nobody has seen."""
