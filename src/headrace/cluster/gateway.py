@@ -160,7 +160,7 @@ class Gateway:
     def member_lost(self, member: Member, why: str, *, died: bool) -> None:
         """Go on elsewhere with all that it had, or end it."""
         self._observer.engine_lost(member.worker_id)
-        for name in list(member.legs):
+        for name in sorted(member.legs):  # in an order that does not depend on hashes
             accepted = self._legs.get(name)
             if accepted is None:
                 continue  # what became of another leg has ended it
