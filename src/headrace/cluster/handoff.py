@@ -131,6 +131,8 @@ class Handoffs:
             self._begin(accepted, list(output.tokens))
 
     def _settled(self, accepted: Accepted, settled: ImportSettled) -> None:
+        if not settled.imported and 0 not in accepted.samples:
+            return  # its sample ended before: the pull was given up, it did not fail
         self._desk.handed_over(settled)
         if settled.imported:
             self._note(

@@ -114,6 +114,8 @@ class SimGateway:
     name: str
     gateway: Gateway | None = None
     """None while its machine is down."""
+    former: list[Gateway] = field(default_factory=list)
+    """Those that crashed here."""
 
     @property
     def address(self) -> str:
@@ -129,6 +131,7 @@ class SimGateway:
         """The whole machine dies; the streams of its clients end."""
         gateway, self.gateway = self.gateway, None
         if gateway is not None:
+            self.former.append(gateway)
             self.cluster.simulation.network.crash_host(self.name, how)
             await gateway.drain(0.0)  # nothing that it says leaves the machine
 
@@ -210,6 +213,18 @@ class SimWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.task = None
+
+    def leftovers(self) -> list[str]:
+        """What a worker that runs still holds or owes, in words."""
+        if self.engine is None or self.task is None:
+            return []
+        scheduler = self.engine.scheduler
+        pool = scheduler.cache.pool
+        counts = {"held": pool.held, "leased": pool.leased, "quarantined": pool.quarantined}
+        counts["sequences"] = len(list(scheduler.sequences()))
+        if self.supervisor is not None and self.supervisor.life is not None:
+            counts |= self.supervisor.life.open_legs()
+        return [f"{self.name} has {what}: {count}" for what, count in counts.items() if count]
 
     def restart(self) -> None:
         """Bring a crashed machine back."""
@@ -315,21 +330,27 @@ class SimCluster:
 
     def leftovers(self) -> list[str]:
         """What is open, held or owed anywhere, in words."""
+        self.check()
         found = []
-        for name, gateway in self.live_gateways().items():
-            if gateway.open_samples:
-                found.append(f"{name} has {gateway.open_samples} open samples")
-            found += [
-                f"the books of {name} for {member.worker_id} have {len(member.legs)} legs, "
-                f"{member.open_samples} samples, {member.exports} exports"
-                for member in gateway.registry.live()
-                if member.legs or member.open_samples or member.exports
-            ]
+        for name, one in self.gateways.items():
+            for gateway in (*([one.gateway] if one.gateway is not None else ()), *one.former):
+                if gateway.open_samples:
+                    found.append(f"{name} has {gateway.open_samples} open samples")
+                found += [
+                    f"the books of {name} for {member.worker_id} have {len(member.legs)} legs, "
+                    f"{member.open_samples} samples, {member.exports} exports"
+                    for member in gateway.registry
+                    if member.legs or member.open_samples or member.exports
+                ]
         for worker in self.workers.values():
-            if worker.engine is None or worker.task is None:
-                continue
-            pool = worker.engine.scheduler.cache.pool
-            pool.check()
-            held = {"held": pool.held, "leased": pool.leased, "quarantined": pool.quarantined}
-            found += [f"{worker.name} has {count} blocks {what}" for what, count in held.items() if count]
+            found += worker.leftovers()
         return found
+
+    def check(self) -> None:
+        """Raise Violation where the books of a block pool do not balance, which they must at any time."""
+        for worker in self.workers.values():
+            if worker.engine is not None:
+                try:
+                    worker.engine.scheduler.cache.pool.check()
+                except RuntimeError as error:
+                    raise Violation(f"the blocks of {worker.name}: {error}") from error

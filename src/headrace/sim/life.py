@@ -22,6 +22,8 @@ from headrace.sim.simulation import Simulation, run
 REQUESTS = 80
 FAULTS = 6
 LOAD_S = 6.0
+LOOK_S = 0.1
+"""Between two looks at all block pools."""
 RECOVERY_S = 30.0
 """Within which everybody is a member again when the last fault is over."""
 
@@ -98,6 +100,7 @@ def live(seed: int, what: Plan | None = None) -> Report:
         orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in lived.faults)
         load = Load(cluster, LOAD_S, orderly=orderly)
         await cluster.start()
+        watching = asyncio.create_task(_watch(cluster), name="watch")
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(play(cluster, lived.faults))
@@ -116,7 +119,11 @@ def live(seed: int, what: Plan | None = None) -> Report:
         finally:
             endings = load.endings
             steps = cluster.steps
+            watching.cancel()
+            await asyncio.wait({watching})
             await cluster.stop()
+        if not watching.cancelled():
+            watching.result()  # raises what it saw
 
     try:
         outcome = run(
@@ -130,6 +137,13 @@ def live(seed: int, what: Plan | None = None) -> Report:
         raise first_of(group) from group
     kinds = Counter(str(fault.kind) for fault in lived.faults)
     return Report(seed, outcome.trace_hash, endings, kinds, steps, outcome.virtual_s)
+
+
+async def _watch(cluster: SimCluster) -> None:
+    """Look at the block pools again and again."""
+    while True:
+        cluster.check()
+        await asyncio.sleep(LOOK_S)
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -21,6 +21,7 @@ from headrace.protocol.requests import (
     ErrorCode,
     FinishReason,
     GenerateRequest,
+    RequestError,
     SamplingParams,
     SequenceOutput,
 )
@@ -60,6 +61,7 @@ class _Answer:
     logprobs: dict[int, list[Any]] = field(default_factory=dict)
     told: list[Any] = field(default_factory=list)
     endings: dict[int, FinishReason] = field(default_factory=dict)
+    errors: list[RequestError] = field(default_factory=list)
     cached: int | None = None
 
     def take(self, output: SequenceOutput) -> None:
@@ -77,6 +79,8 @@ class _Answer:
             error = output.finish.error
             if error is not None and error.code is not ErrorCode.UNAVAILABLE:
                 raise Violation(f"{name} sample {index} ended with {error}")
+            if error is not None:
+                self.errors.append(error)
 
 
 class Load:
@@ -137,8 +141,26 @@ class Load:
             _check_drained(gateway.journeys.of(request.request_id)[0])
         # Who asked meanwhile may have put its prompt into the cache as well.
         self._check_tenant(answer, gateway, [*others, *self._asked[len(others) + 1 :]])
+        for error in answer.errors:
+            self._excuse(error, request, gateway)
         for index in range(request.sampling.n):
             self.endings[answer.endings.get(index, "left")] += 1
+
+    def _excuse(self, error: RequestError, request: GenerateRequest, gateway: Gateway) -> None:
+        """An error must come of two deaths, of waiting in vain, of a lone worker's or a gateway's death."""
+        (journey,) = gateway.journeys.of(request.request_id)
+        replayed = any(entry.what == "replayed" for entry in journey.entries)
+        decoders = sum(worker.role.decodes for worker in self._cluster.workers.values())
+        former = [dead for one in self._cluster.gateways.values() for dead in one.former]
+        # A gateway that began anew expects only those workers back that it has met.
+        alone = decoders == 1 or bool(former)
+        if not (
+            gateway in former
+            or (replayed and "workers were lost under the request" in error.message)
+            or (replayed and "no other worker was free within" in error.message)
+            or (alone and "the engine was lost under the request" in error.message)
+        ):
+            raise Violation(f"{request.request_id} ended with what nothing excuses: {error.message}")
 
     def _check(self, answer: _Answer, stream: OutputStream) -> None:
         request, endings = answer.request, answer.endings

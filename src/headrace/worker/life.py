@@ -112,6 +112,14 @@ class EngineLife:
     def is_ready(self) -> bool:
         return self._connected.is_set()
 
+    def open_legs(self) -> dict[str, int]:
+        """What is owed to gateways and other workers, for those who check that nothing is left."""
+        return {
+            "attempts": len(self._owner),
+            "exports": max(len(self._exports or ()), len(self._export_owner)),
+            "imports": len(self._imports or ()),
+        }
+
     # ---- from launch to loss -------------------------------------------------------------------------
 
     async def run(self) -> str | None:
