@@ -3,8 +3,8 @@
 Source and target are two processes with their pools in shared memory, as workers have them, and run what
 workers run: `Exports` here, `fetch` there, with connecting, checksums and confirmation in the time. The bare
 copy is `sendall` from and `recv_into` the same blocks on blocking sockets that are connected already, without
-a checksum. Both take turns; the ratio is the median over turns, as what else the machine does meets both. Exit
-code 1 when a ratio is below the limit.
+a checksum. Both take turns and the ratio is the median over turns, as what else the machine does meets both.
+Exit code 1 when a ratio is below the limit.
 
 Blocks lie scattered in the pool, as those of a prompt do in one that has served for a while.
 """
