@@ -48,7 +48,7 @@ def cluster_routes(server: Server) -> APIRouter:
 
     @router.post(
         "/cluster/workers/{worker_id}/drain",
-        responses={200: {"model": DrainAnswer}, **errors(404, 408, 413, 422)},
+        responses={200: {"model": DrainAnswer}, **errors(400, 404, 408, 413, 422)},
     )
     async def drain(worker_id: str) -> Response:
         """Give a worker nothing new, and have it leave when what it has is over."""

@@ -71,6 +71,7 @@ class _Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # it is about to end, and ends well
 
     def _on_signal(self, number: int) -> None:
         self._seen += 1
@@ -91,7 +92,9 @@ def main(arguments: list[str]) -> int:
         # Beside the gateway's socket, in the directory that goes with the gateway.
         engine_address = f"{address.rpartition('/')[0]}/{worker.worker_id}.sock"
         asyncio.run(run_worker(real_world(), options, engine_address, _say))
-    except (CannotStartError, EngineLostError, RejectedError) as error:
+    except CannotStartError:  # the gateway was told why, and tells
+        return 1
+    except (EngineLostError, RejectedError) as error:
         _say(str(error))
         return 1
     return 0
