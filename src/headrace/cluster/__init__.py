@@ -4,10 +4,11 @@ In: typed requests from HTTP or the command line. Out: streams of outputs with e
 sample. It must not know HTTP, text, torch, or whether its world is real.
 """
 
-from headrace.cluster.gateway import Gateway, GatewayState, StartFailedError
+from headrace.cluster.gateway import Gateway
 from headrace.cluster.keeper import WorkerLostError
 from headrace.cluster.local import LocalCluster
 from headrace.cluster.observer import Ending, GatewayObserver
+from headrace.cluster.readiness import GatewayState, StartFailedError
 from headrace.cluster.stream import OutputStream
 
 __all__ = [

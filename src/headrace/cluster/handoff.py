@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from headrace.cluster.journey import Journey
-from headrace.cluster.ledger import Accepted, Leg, Stage
+from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.options import SplitPolicy
 from headrace.cluster.placement import choose_prefill
 from headrace.cluster.registry import Member, Registry
@@ -42,8 +42,6 @@ class Desk(Protocol):
 
     _world: World
 
-    def accepted_of(self, leg_name: str) -> Accepted | None: ...
-    def open_leg(self, accepted: Accepted, name: str, member: Member) -> Leg: ...
     def leave_prefill(self, accepted: Accepted) -> None: ...
     def post(self, member: Member, message: FromGateway) -> None: ...
     def deliver(
@@ -55,9 +53,10 @@ class Desk(Protocol):
 class Handoffs:
     """All handoffs of one gateway; what it knows of each is in the ledger."""
 
-    def __init__(self, policy: SplitPolicy, registry: Registry, desk: Desk) -> None:
+    def __init__(self, policy: SplitPolicy, registry: Registry, ledger: Ledger, desk: Desk) -> None:
         self._policy = policy
         self._registry = registry
+        self._ledger = ledger
         self._desk = desk
 
     def choose(self, home: Member) -> Member | None:
@@ -76,14 +75,14 @@ class Handoffs:
                     accepted.stage = Stage.AT_HOME
                     self._note(accepted, "prefilled at home, which has most of it", cached_tokens=cached)
             case ExportOffered(request_id=name, ticket=ticket):
-                accepted = self._desk.accepted_of(name)
+                accepted = self._ledger.of_leg(name)
                 if accepted is not None and accepted.home is not None:
                     self._desk.post(accepted.home.member, Fetch(accepted.home.name, ticket))
             case ImportSettled(request_id=name) as settled:
                 if (accepted := self._home_of(name)) is not None:
                     self._settled(accepted, settled)
             case ExportEnded(request_id=name):
-                accepted = self._desk.accepted_of(name)
+                accepted = self._ledger.of_leg(name)
                 if accepted is not None and accepted.prefill is not None and accepted.prefill.name == name:
                     self._desk.leave_prefill(accepted)
 
@@ -97,7 +96,7 @@ class Handoffs:
             self._begin(accepted, [])
             return
         name = f"{home.name}/p"
-        accepted.prefill = self._desk.open_leg(accepted, name, member)
+        accepted.prefill = self._ledger.open_leg(accepted, name, member)
         accepted.stage = Stage.PREFILLING
         member.exports += 1
         request = msgspec.structs.replace(accepted.request, request_id=name)
@@ -160,7 +159,7 @@ class Handoffs:
         self._desk.post(accepted.home.member, Begin(accepted.home.name, generated))
 
     def _home_of(self, leg_name: str) -> Accepted | None:
-        accepted = self._desk.accepted_of(leg_name)
+        accepted = self._ledger.of_leg(leg_name)
         if accepted is None or accepted.home is None or accepted.home.name != leg_name:
             return None
         return accepted

@@ -6,6 +6,7 @@ The ledger is what survives a worker: a request goes on elsewhere from the token
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from headrace.cluster.journey import Journey
@@ -78,3 +79,55 @@ class Accepted:
             ended=list(self.ended),
             prompt_logprobs_told=self.told_prompt,
         )
+
+
+class Ledger:
+    """All requests of one gateway that have not ended, and the names under which workers know them."""
+
+    def __init__(self) -> None:
+        self.open_samples = 0
+        """Samples that have not ended."""
+        self._accepted: dict[str, Accepted] = {}
+        self._legs: dict[str, Accepted] = {}  # by the name of a home or prefill leg
+
+    def __iter__(self) -> Iterator[Accepted]:
+        return iter(list(self._accepted.values()))
+
+    def __len__(self) -> int:
+        return len(self._accepted)
+
+    def get(self, request_id: str) -> Accepted | None:
+        return self._accepted.get(request_id)
+
+    def enter(self, request: GenerateRequest, stream: OutputStream, journey: Journey, now: float) -> Accepted:
+        """From now on the request is owed its endings."""
+        samples = {index: Sample() for index in range(request.sampling.n)}
+        accepted = Accepted(request, stream, now, journey, samples)
+        self._accepted[request.request_id] = accepted
+        self.open_samples += len(samples)
+        return accepted
+
+    def end(self, accepted: Accepted, index: int) -> None:
+        """One sample has ended; the request stays until it is struck off."""
+        del accepted.samples[index]
+        accepted.ended.append(index)
+        self.open_samples -= 1
+
+    def strike_off(self, accepted: Accepted) -> None:
+        """Nothing is owed any more."""
+        self.open_samples -= len(accepted.samples)
+        del self._accepted[accepted.request.request_id]
+
+    def of_leg(self, name: str) -> Accepted | None:
+        """The request that a worker speaks of, if it is still that worker's."""
+        return self._legs.get(name)
+
+    def open_leg(self, accepted: Accepted, name: str, member: Member) -> Leg:
+        member.legs.add(name)
+        self._legs[name] = accepted
+        return Leg(name, member)
+
+    def close_leg(self, leg: Leg) -> None:
+        """Nothing that the worker may still say of this attempt counts."""
+        leg.member.legs.discard(leg.name)
+        del self._legs[leg.name]

@@ -1,0 +1,88 @@
+"""Requests that have no worker: those whose worker was lost, and those that found none with room.
+
+In: a request, and why. Out: a new attempt elsewhere from all that was delivered, at a pace that does not make
+one worker's death a flood at the others; or an ending, when its budget is spent or nobody came in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from headrace.cluster.ledger import Accepted, Stage
+from headrace.cluster.options import GatewayOptions
+from headrace.cluster.placement import choose_home
+from headrace.cluster.registry import Member, Registry
+from headrace.world import World
+
+
+class Desk(Protocol):
+    """What the gateway does for a replay."""
+
+    @property
+    def is_draining(self) -> bool: ...
+    def place(self, accepted: Accepted) -> None: ...
+    def end_all(self, accepted: Accepted, why: str) -> None: ...
+    async def wait_changed(self) -> None: ...
+
+
+class Replays:
+    """All that waits for a worker at one gateway."""
+
+    def __init__(self, world: World, options: GatewayOptions, registry: Registry, desk: Desk) -> None:
+        self._world = world
+        self._options = options
+        self._registry = registry
+        self._desk = desk
+        self._waiting: dict[Accepted, None] = {}  # in the order of their coming
+        self._placing: asyncio.Task[None] | None = None
+
+    def give_up(self, accepted: Accepted, lost: Member | None, why: str) -> bool:
+        """End a request that may not be tried again at another worker than `lost`; False: it may."""
+        options = self._options
+        if accepted.attempts >= options.max_attempts:
+            end = f"{accepted.attempts} attempts at the request failed; {why}"
+        elif accepted.deaths >= options.max_deaths:
+            end = f"{accepted.deaths} workers were lost under the request; {why}"
+        elif lost is not None and not self._registry.expects_other(lost, self._world.now()):
+            end = f"the engine was lost under the request: {why}; send it again"
+        elif self._desk.is_draining:
+            end = f"the server is shutting down, and {why}; send it again"
+        else:
+            return False
+        self._desk.end_all(accepted, end)
+        return True
+
+    def wait(self, accepted: Accepted) -> None:
+        """Place a request as soon as a worker has room."""
+        accepted.stage = Stage.WAITING
+        accepted.waits_since_s = self._world.now()
+        self._waiting[accepted] = None
+        if self._placing is None or self._placing.done():
+            self._placing = asyncio.create_task(self._place_all(), name="gateway.replay")
+
+    def forget(self, accepted: Accepted) -> None:
+        """It waits no more, if it did."""
+        self._waiting.pop(accepted, None)
+
+    async def close(self) -> None:
+        if self._placing is not None:
+            self._placing.cancel()
+            await asyncio.gather(self._placing, return_exceptions=True)
+
+    async def _place_all(self) -> None:
+        """Place what waits, in order and at a pace; end what has waited for too long."""
+        most_s = self._options.replay_timeout_s
+        while self._waiting:
+            accepted = next(iter(self._waiting))
+            left_s = accepted.waits_since_s + most_s - self._world.now()
+            if choose_home(self._registry.live(), len(accepted.samples)) is not None:
+                del self._waiting[accepted]
+                self._desk.place(accepted)
+                await asyncio.sleep(self._options.replay_pause_s)
+            elif left_s <= 0:
+                self._desk.end_all(accepted, f"no other worker was free within {most_s:g} s; send it again")
+            else:
+                changed = asyncio.ensure_future(self._desk.wait_changed())
+                await asyncio.wait({changed}, timeout=left_s)
+                changed.cancel()
