@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ SIZE = 3 * 4096 + 17
 
 OWNER = f"""
 import sys
+import threading
+import time
 from headrace.world.shared_memory import SharedMemory
 memory = SharedMemory({SIZE})
 memory.buffer[-5:] = b"owner"
@@ -132,3 +136,28 @@ def test_a_system_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(SharedMemoryError, match="needs memfd_create"):
         SharedMemory(SIZE)
+
+
+def resident_kb() -> int:
+    """Pages of shared memory that this process has at hand."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssShmem"):
+            return int(line.split()[1])
+    raise AssertionError("the system does not say how much shared memory is resident")
+
+
+def test_pages_are_there_before_they_are_touched() -> None:
+    before, size = resident_kb(), 40 << 20
+    memory = SharedMemory(size)
+    deadline = time.monotonic() + 20
+    while resident_kb() - before < size >> 10:
+        assert time.monotonic() < deadline, "pages are missing"
+        time.sleep(0.01)
+    memory.close()
+
+
+def test_memory_can_be_closed_while_its_pages_are_taken() -> None:
+    files, threads = open_files(), threading.active_count()
+    for _ in range(20):
+        SharedMemory(64 << 20).close()
+    assert (open_files(), threading.active_count()) == (files, threads)

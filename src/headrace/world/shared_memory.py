@@ -8,13 +8,21 @@ nothing is left behind. It must not know what the bytes are for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import sys
+import threading
 
 _NAME = "headrace"
 _LINK = f"/memfd:{_NAME} (deleted)"
 """What such memory is called under /proc."""
+
+_MADV_POPULATE_WRITE = 23
+"""Of Linux 5.14 and later (madvise(2)); Python's mmap does not know it yet."""
+
+_PIECE_BYTES = 4 << 20
+"""Pages are taken so many at a time: `close` waits for no more than this."""
 
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 
@@ -26,7 +34,9 @@ class SharedMemoryError(OSError):
 class MappedMemory:
     """Memory of this and another process. `buffer` is its bytes, page-aligned and writable.
 
-    They stay mapped until `close` was called and the last view or tensor over `buffer` is gone.
+    They stay mapped until `close` was called and the last view or tensor over `buffer` is gone. All pages are
+    taken from the system by a thread in the background, from the first on: a page that is touched before it
+    was taken costs a fault of its own, which can be several times as long as what is written to it takes.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -41,6 +51,9 @@ class MappedMemory:
             with contextlib.suppress(OSError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(memory)
+        self._closed = threading.Event()
+        self._taking = threading.Thread(target=_take_pages, args=(memory, self._closed), daemon=True)
+        self._taking.start()
 
     @property
     def nbytes(self) -> int:
@@ -48,11 +61,13 @@ class MappedMemory:
 
     def close(self) -> None:
         """Let go of the memory; `buffer` is empty from now on. Idempotent."""
+        self._closed.set()
+        self._taking.join()
         self.buffer = memoryview(b"")
 
 
 class SharedMemory(MappedMemory):
-    """Memory made by this process: zeros, taken from the system as pages are first touched.
+    """Memory made by this process: zeros.
 
     path: where `open_shared_memory` finds it, in a process of the same user, until this process ends or
           closes it. Who has it open then keeps it: bytes may go on moving while and after this process ends.
@@ -75,12 +90,26 @@ class SharedMemory(MappedMemory):
         self._close_fd()
 
     def __del__(self) -> None:
-        self._close_fd()
+        if hasattr(self, "_taking"):  # else it was never mapped
+            self.close()
 
     def _close_fd(self) -> None:
         fd, self._fd = getattr(self, "_fd", -1), -1
         if fd >= 0:
             os.close(fd)
+
+
+def _take_pages(memory: mmap.mmap, closed: threading.Event) -> None:
+    """Have all pages ready in this process; what the system refuses is taken when it is touched."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    start = ctypes.c_char.from_buffer(memory)
+    for offset in range(0, len(memory), _PIECE_BYTES):
+        if madvise is None or closed.is_set():
+            return
+        size = min(_PIECE_BYTES, len(memory) - offset)
+        piece = ctypes.c_void_p(ctypes.addressof(start) + offset)
+        if madvise(piece, ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
+            return
 
 
 def open_shared_memory(path: str, size: int) -> MappedMemory:
