@@ -14,6 +14,7 @@ namespace headrace {
 namespace {
 
 constexpr size_t kPieceBytes = 512 * 1024;  // what one system call moves stays in the second-level cache
+constexpr size_t kWakeBytes = 256 * 1024;   // a receiver that waits is woken by so many
 constexpr int kEntries = 64;
 constexpr int kPatienceMs = 5;  // also how late a cancellation may be noticed
 constexpr auto kSlice = std::chrono::milliseconds(50);
@@ -23,6 +24,13 @@ constexpr int kSendFlags = MSG_NOSIGNAL | MSG_DONTWAIT;
 #else
 constexpr int kSendFlags = MSG_DONTWAIT;
 #endif
+
+// Have a wait for `socket` end when so many bytes are there, or its stream has ended. A system that cannot do that
+// wakes earlier.
+void wake_at(int socket, size_t bytes) {
+  const int low = static_cast<int>(bytes);
+  setsockopt(socket, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof low);
+}
 
 }  // namespace
 
@@ -106,7 +114,11 @@ int Bulk::send(int socket) {
 }
 
 int Bulk::receive(int socket) {
-  return run(socket, POLLIN, [&]() -> ssize_t {
+  // Being woken for every segment costs more than copying it. Whoever waits for this socket otherwise wants any byte.
+  size_t wake = kWakeBytes;
+  wake_at(socket, wake);
+  const int status = run(socket, POLLIN, [&]() -> ssize_t {
+    if (left_ < wake) wake_at(socket, wake = left_);
     iovec entries[kEntries];
     int count;
     gather(entries, count);
@@ -120,6 +132,8 @@ int Bulk::receive(int socket) {
     }
     return size;
   });
+  wake_at(socket, 1);
+  return status;
 }
 
 size_t Bulk::fill(const char* data, size_t size) {
