@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from headrace.api import ServedModel, Server, create_app
 from headrace.api.http import HttpServer, bind
 from headrace.cluster import Gateway, GatewayState
+from headrace.cluster.options import GatewayOptions
 from headrace.config import ServingOptions
 from headrace.engine import Engine
 from headrace.observe import Metrics
@@ -32,7 +33,7 @@ from headrace.world import real_world
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 
-from house import EngineShape
+from house import HEARTBEAT_S, EngineShape
 
 VOCAB_SIZE = 1000
 EOS = 999
@@ -122,6 +123,7 @@ class ApiHouse:
 
     def kill_worker(self) -> None:
         async def kill() -> None:
+            await asyncio.sleep(2.1 * HEARTBEAT_S)  # a gateway any younger would wait for another worker
             self.worker.cancel()
             await asyncio.gather(self.worker, return_exceptions=True)
             while self.gateway.state is GatewayState.READY:
@@ -165,7 +167,7 @@ class ApiHouse:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self.metrics = Metrics("hash")
-        self.gateway = Gateway(real_world(), self.metrics)
+        self.gateway = Gateway(real_world(), self.metrics, GatewayOptions(heartbeat_s=HEARTBEAT_S))
         with tempfile.TemporaryDirectory() as directory:
             await self.gateway.listen(f"unix:{directory}/gateway.sock")
             await self._dial()

@@ -30,6 +30,7 @@ WHOLE = {
         "kv_cache_memory": "64MiB",
         "block_size": 8,
         "batch_invariant": True,
+        "step_timeout": 30,
     },
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import uvloop
 
 from headrace.cluster import Gateway, GatewayObserver
+from headrace.cluster.options import GatewayOptions
 from headrace.cluster.stream import OutputStream
 from headrace.engine import Engine, SchedulerConfig, StepPlan, StepResult
 from headrace.protocol.messages import EngineInfo
@@ -23,6 +24,7 @@ from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import World, real_world
 
 WORLDS = ("virtual", "asyncio", "uvloop")
+HEARTBEAT_S = 0.1
 REAL_TIMEOUT_S = 30.0
 
 
@@ -138,6 +140,10 @@ class House:
         while any(True for _ in self.gateway.registry.live()):
             await self.gateway.wait_changed()
 
+    async def grow_old(self) -> None:
+        """Wait until the gateway knows all workers that there are, and waits for no other."""
+        await asyncio.sleep(2.1 * HEARTBEAT_S)
+
     def expected(self, request: GenerateRequest, index: int = 0) -> list[int]:
         assert self.engine is not None
         return expected_tokens(request, index, model_of(self.engine), self.shape.max_model_len)
@@ -171,7 +177,7 @@ def in_house(
     shape = shape or EngineShape()
 
     async def live(world: World, simulation: Simulation | None, address: str, engine: str) -> None:
-        gateway = Gateway(world, observer)
+        gateway = Gateway(world, observer, GatewayOptions(heartbeat_s=HEARTBEAT_S))
         house = House(shape, world, simulation, gateway, engine)
         await gateway.listen(address)
         try:

@@ -151,6 +151,7 @@ def test_a_closed_stream_leaves_nothing_behind(kind: str) -> None:
 @pytest.mark.parametrize("how", [Crash.RESET, Crash.END])
 def test_a_dead_engine_ends_every_sample_once_and_a_new_one_serves(kind: str, how: Crash) -> None:
     async def body(house: House) -> None:
+        await house.grow_old()
         requests = [request(f"r{i}", n=2, max_tokens=4000) for i in range(6)]
         streams = [house.gateway.submit(r) for r in requests]
         await anext(streams[0])
@@ -179,6 +180,7 @@ def test_a_dead_engine_ends_every_sample_once_and_a_new_one_serves(kind: str, ho
 @everywhere
 def test_a_failing_executor_ends_every_request_and_its_process(kind: str) -> None:
     async def body(house: House) -> None:
+        await house.grow_old()
         house.break_at = 4
         streams = [house.gateway.submit(request(f"r{i}", max_tokens=100, n=2)) for i in range(3)]
         for stream in streams:

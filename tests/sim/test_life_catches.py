@@ -15,7 +15,7 @@ from headrace.cluster.ledger import Accepted
 from headrace.sim.cluster import Violation
 from headrace.sim.life import live, plan
 from headrace.worker.imports import Imports
-from headrace.worker.life import EngineLife
+from headrace.worker.relay import Relay
 from headrace.worker.session import Session
 
 Patch = pytest.MonkeyPatch
@@ -41,10 +41,10 @@ def keep_lost_samples_in_the_books(patch: Patch) -> None:
 
 
 def keep_attempts_that_ended(patch: Patch) -> None:
-    def forget(self: EngineLife, session: Session, request_id: str) -> None:
+    def forget(self: Relay, session: Session, request_id: str) -> None:
         session.open.pop(request_id, None)
 
-    patch.setattr(EngineLife, "_forget_attempt", forget)
+    patch.setattr(Relay, "_forget_attempt", forget)
 
 
 def keep_imports_that_began(patch: Patch) -> None:

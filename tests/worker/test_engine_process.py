@@ -20,6 +20,7 @@ import uvloop
 
 from headrace.api.workers import WORKER_COMMAND
 from headrace.cluster import GatewayState, LocalCluster, StartFailedError
+from headrace.cluster.options import GatewayOptions
 from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams
 from headrace.worker import WorkerOptions
 from headrace.worker.process import ProcessOptions
@@ -52,7 +53,12 @@ def with_engine(
     lines: list[str] = []
 
     async def main() -> None:
-        local = LocalCluster(real_world(), {"w": hash_worker(options, lines.append)}, report=lines.append)
+        local = LocalCluster(
+            real_world(),
+            {"w": hash_worker(options, lines.append)},
+            options=GatewayOptions(heartbeat_s=0.1),  # its youth ends before an engine stands
+            report=lines.append,
+        )
         async with asyncio.timeout(30):
             try:
                 await body(local, lines)

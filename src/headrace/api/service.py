@@ -30,6 +30,7 @@ from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles
 from headrace.worker.process import ENGINE_COMMAND
 from headrace.world import real_world
+from headrace.world.signals import Signals
 
 
 class Service:
@@ -81,9 +82,10 @@ class Service:
         Raises StartFailedError or WorkerLostError when the engine cannot be run, TextError for a tokenizer or
         chat template that cannot be read.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        with Signals(self._on_signal):
+            await self._run()
+
+    async def _run(self) -> None:
         self._say(self._intent())
         signalled = asyncio.create_task(self._signalled.wait(), name="signals")
         opening = asyncio.create_task(self._open(), name="start-up")
@@ -109,8 +111,6 @@ class Service:
             if self._http is not None:
                 await self._http.stop()
             self._bound.close()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
 
     async def _open(self) -> EngineInfo:
         """Start the engine, and while it loads read the model's text and begin to answer."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.config import EngineOptions
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
 from headrace.protocol.messages import Role
 from headrace.worker.options import WorkerOptions
 from headrace.worker.process import ENGINE_COMMAND, ProcessOptions
@@ -31,13 +32,15 @@ _CACHE_KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """How many workers of each role; without any, one does everything."""
+    """How many workers of each role (without any, one does everything), and what holds for each of them."""
 
     prefill: int = 0
     decode: int = 0
     both: int = 0
     elsewhere: bool = False
     """All workers are started by others."""
+    step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
+    """An engine that has not answered for so long is stuck, and is replaced."""
 
     def __post_init__(self) -> None:
         if self.prefill and not (self.decode or self.both):
@@ -82,7 +85,7 @@ def launchers(
     found: dict[str, Launcher] = {}
     for name, role in roles.items():
         process = ProcessOptions(
-            worker=WorkerOptions(worker_id=name, role=role),
+            worker=WorkerOptions(worker_id=name, role=role, step_timeout_s=pools.step_timeout_s),
             engine=engine,
             engine_command=engine_command,
         )

@@ -5,14 +5,23 @@ In: arguments. Out: text for people, or JSON for programs. It must not hold logi
 
 from __future__ import annotations
 
+import sys
 import time
 
 STARTED_S = time.monotonic()
 """When this process began to be ours; start-up times are counted from here."""
 
 
+SERVING = ("serve", "gateway", "worker")
+"""Commands that run until they are told to end, by whoever started them."""
+
+
 def main() -> None:
     """The command `headrace`."""
+    if sys.argv[1:2] and sys.argv[1] in SERVING:
+        from headrace.cli.early import take_signals
+
+        take_signals()
     from headrace.cli.app import app
 
     app(prog_name="headrace")

@@ -4,80 +4,95 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace.cli.early import unwinding
 from headrace.cli.errors import clear_errors
 from headrace.cluster.options import SplitPolicy
 from headrace.config import ApiKey, ServingOptions, format_size, parse_size, read_keys
 from headrace.config.cluster import read_cluster
-from headrace.config.serving import DEFAULT_MAX_BODY_BYTES
+from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
 
 if TYPE_CHECKING:
     from headrace.world.credentials import Credentials
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
 DEFAULT_MAX_BODY_SIZE = format_size(DEFAULT_MAX_BODY_BYTES).replace(" ", "")
-DEFAULT_THRESHOLD = SplitPolicy().prompt_length_threshold
-DEFAULT_QUEUE_MAX = SplitPolicy().prefill_queue_max
-DEFAULT_DRAIN_TIMEOUT_S = 30.0
 
-Host = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is all.")]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any free one.")]
-ApiKeyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--api-key",
-        envvar=API_KEY_VARIABLE,
-        help="Ask clients for this key, or one of several; the variable keeps it from process lists.",
-        show_default=False,
-    ),
-]
-ApiKeys = Annotated[
-    Path | None,
-    typer.Option(
-        "--api-keys", metavar="FILE", help="TOML file of keys with limits for each.", show_default=False
-    ),
-]
-CorsOrigin = Annotated[
-    list[str] | None,
-    typer.Option("--cors-origin", help="Let pages of this origin call; * is all.", show_default=False),
-]
-MaxBodySize = Annotated[
-    str, typer.Option("--max-body-size", metavar="SIZE", help="Largest body of a request.")
-]
-MaxPromptCharacters = Annotated[
-    int,
-    typer.Option("--max-prompt-characters", min=1, help="Longest text of a request, before it is tokenised."),
-]
-RequestTimeout = Annotated[
-    float | None,
-    typer.Option(
-        "--request-timeout", min=0.001, help="Seconds that a request may take.", show_default="no limit"
-    ),
-]
-DrainTimeout = Annotated[
-    float,
-    typer.Option("--drain-timeout", min=0, help="Seconds that running requests have to end after SIGTERM."),
-]
 ServedModelName = Annotated[
     str | None,
     typer.Option("--served-model-name", help="Name that clients ask for.", show_default="the model's own"),
 ]
-PromptLengthThreshold = Annotated[
-    int,
-    typer.Option(
-        "--prompt-length-threshold",
-        min=0,
-        help="A prefill worker takes prompts with more uncached tokens than this.",
-    ),
-]
-PrefillQueueMax = Annotated[
-    int,
-    typer.Option("--prefill-queue-max", min=1, help="Unless each prefill worker has so many already."),
-]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpFlags:
+    """What is served where, to whom, and how much of it."""
+
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=API_KEY_VARIABLE,
+            help="Ask clients for this key, or one of several; the variable keeps it from process lists.",
+            show_default=False,
+        ),
+    ] = None
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file of keys with limits for each.", show_default=False),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Let pages of this origin call; * is all.", show_default=False),
+    ] = None
+    max_body_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest body of a request.")] = (
+        DEFAULT_MAX_BODY_SIZE
+    )
+    max_prompt_characters: Annotated[
+        int, typer.Option(min=1, help="Longest text of a request, before it is tokenised.")
+    ] = DEFAULT_MAX_PROMPT_CHARACTERS
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Seconds that a request may take.", show_default="no limit"),
+    ] = None
+    served_model_name: ServedModelName = None
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests have to end after SIGTERM.")
+    ] = 30.0
+
+    def serving(self) -> ServingOptions:
+        """Raises ValueError, OSError for what cannot be."""
+        keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(self.api_key or (), 1)]
+        return ServingOptions(
+            keys=(*keys, *(read_keys(self.api_keys) if self.api_keys is not None else ())),
+            cors_origins=tuple(self.cors_origin or ()),
+            max_body_bytes=parse_size(self.max_body_size),
+            max_prompt_characters=self.max_prompt_characters,
+            request_timeout_s=self.request_timeout,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitFlags:
+    """When prefill and decode are apart."""
+
+    prompt_length_threshold: Annotated[
+        int, typer.Option(min=0, help="A prefill worker takes prompts with more uncached tokens than this.")
+    ] = SplitPolicy().prompt_length_threshold
+    prefill_queue_max: Annotated[
+        int, typer.Option(min=1, help="Unless each prefill worker has so many already.")
+    ] = SplitPolicy().prefill_queue_max
+
+    def policy(self) -> SplitPolicy:
+        return SplitPolicy(
+            prompt_length_threshold=self.prompt_length_threshold, prefill_queue_max=self.prefill_queue_max
+        )
 
 
 def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
@@ -110,25 +125,6 @@ CredentialsDirectory = Annotated[
 ]
 
 
-def serving_options(
-    api_key: list[str] | None,
-    api_keys: Path | None,
-    cors_origin: list[str] | None,
-    max_body_size: str,
-    max_prompt_characters: int,
-    request_timeout: float | None,
-) -> ServingOptions:
-    """Raises ValueError, OSError for what cannot be."""
-    keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(api_key or (), 1)]
-    return ServingOptions(
-        keys=(*keys, *(read_keys(api_keys) if api_keys is not None else ())),
-        cors_origins=tuple(cors_origin or ()),
-        max_body_bytes=parse_size(max_body_size),
-        max_prompt_characters=max_prompt_characters,
-        request_timeout_s=request_timeout,
-    )
-
-
 def cluster_credentials(directory: Path | None, *, make: bool) -> Credentials:
     """The cluster's credentials; where the default directory has none yet, or with `make`, new ones.
 
@@ -138,7 +134,8 @@ def cluster_credentials(directory: Path | None, *, make: bool) -> Credentials:
     from headrace.world.credentials import load_credentials, make_credentials
 
     where = home_dir() / "cluster" if directory is None else directory
-    return make_credentials(where) if make or directory is None else load_credentials(where)
+    with unwinding():
+        return make_credentials(where) if make or directory is None else load_credentials(where)
 
 
 def _key_name(number: int) -> str:

@@ -60,6 +60,7 @@ class Membership:
     async def listen(self, address: str) -> str:
         listener = await self._world.network.listen(address, self._serve)
         self._listeners.append(listener)
+        self._registry.opened(self._world.now())
         if self._watch is None:
             self._watch = asyncio.create_task(self._watch_members(), name="gateway.watch")
         return listener.address

@@ -89,6 +89,11 @@ class Registry:
     def __init__(self, options: GatewayOptions) -> None:
         self._options = options
         self._members: dict[str, Member] = {}
+        self._opened_s: float | None = None
+
+    def opened(self, now: float) -> None:
+        """Workers can dial in; those of a gateway that was here before do within two heartbeats."""
+        self._opened_s = now if self._opened_s is None else self._opened_s
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -124,7 +129,9 @@ class Registry:
                 del self._members[other.worker_id]
 
     def expects_other(self, than: Member, now: float) -> bool:
-        """Whether another worker decodes, or may do so again soon."""
+        """Whether another worker decodes, or may do so again soon; while the gateway is young, any may."""
+        if self._opened_s is not None and now - self._opened_s <= 2 * self._options.heartbeat_s:
+            return True
         return any(
             other.info.role.decodes
             and (other.is_live or now - other.down_s <= self._options.replay_timeout_s)

@@ -56,6 +56,8 @@ class EngineSection(_Section):
     kv_cache_memory: str | None = None
     block_size: int | None = Field(default=None, ge=1, le=1024)
     batch_invariant: bool | None = None
+    step_timeout: float | None = Field(default=None, ge=1.0)
+    """Seconds after which a step is taken for stuck."""
 
 
 class ClusterFile(_Section):

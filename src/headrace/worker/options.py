@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
 from headrace.protocol.messages import Role
 
 
@@ -16,7 +17,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     role: Role = Role.BOTH
     data_address: str = "127.0.0.1:0"
     """Where it serves KV blocks to other workers."""
-    step_timeout_s: float = 60.0
+    step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     """An engine that has not answered for so long is stuck, and is ended."""
     lease_s: float = 30.0
     """How long computed blocks wait to be fetched."""

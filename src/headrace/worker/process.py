@@ -13,7 +13,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -23,6 +24,8 @@ from headrace.worker.session import RejectedError
 from headrace.worker.supervisor import EngineLostError, Supervisor
 from headrace.world import World, real_world
 from headrace.world.launcher import LocalLauncher, die_with_parent
+from headrace.world.private_directory import PrivateDirectory
+from headrace.world.signals import Signals
 
 ENGINE_COMMAND = (sys.executable, "-m", "headrace.worker.main")
 
@@ -37,16 +40,25 @@ class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 async def run_worker(
-    world: World, options: ProcessOptions, engine_address: str, say: Callable[[str], None]
+    world: World, options: ProcessOptions, say: Callable[[str], None], engine_address: str | None = None
 ) -> None:
     """Run a worker until it was drained or a signal stops it; raises as `Supervisor.run`.
 
-    The engine dials in at `engine_address`.
+    The engine dials in at `engine_address`, or in a directory that is made for it.
     """
-    launcher = LocalLauncher(options.engine_command, bytes(options.engine), say)
-    supervisor = Supervisor(world, options.worker, launcher, engine_address, report=say)
-    running = asyncio.create_task(supervisor.run(), name="worker")
-    with _Signals(supervisor, running):
+    seen: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        seen.append(number)
+        if number == signal.SIGTERM and len(seen) == 1 and supervisor.serves:
+            supervisor.drain()
+        else:
+            running.cancel()
+
+    with Signals(on_signal), _where(engine_address) as address:
+        launcher = LocalLauncher(options.engine_command, bytes(options.engine), say)
+        supervisor = Supervisor(world, options.worker, launcher, address, report=say)
+        running = asyncio.create_task(supervisor.run(), name="worker")
         try:
             await running
         except asyncio.CancelledError:
@@ -54,31 +66,17 @@ async def run_worker(
                 raise
 
 
-class _Signals:
-    """While inside, signals drain and stop a worker."""
-
-    def __init__(self, supervisor: Supervisor, running: asyncio.Task[None]) -> None:
-        self._supervisor = supervisor
-        self._running = running
-        self._seen = 0
-
-    def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-
-    def __exit__(self, *exception: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)  # it is about to end, and ends well
-
-    def _on_signal(self, number: int) -> None:
-        self._seen += 1
-        if number == signal.SIGTERM and self._seen == 1 and self._supervisor.serves:
-            self._supervisor.drain()
-        else:
-            self._running.cancel()
+@contextmanager
+def _where(engine_address: str | None) -> Iterator[str]:
+    """The address, or one in a directory that goes with the worker."""
+    if engine_address is not None:
+        yield engine_address
+        return
+    directory = PrivateDirectory("headrace-worker-")
+    try:
+        yield f"unix:{directory.path}/engine.sock"
+    finally:
+        directory.remove()
 
 
 def main(arguments: list[str]) -> int:
@@ -91,7 +89,7 @@ def main(arguments: list[str]) -> int:
     try:
         # Beside the gateway's socket, in the directory that goes with the gateway.
         engine_address = f"{address.rpartition('/')[0]}/{worker.worker_id}.sock"
-        asyncio.run(run_worker(real_world(), options, engine_address, _say))
+        asyncio.run(run_worker(real_world(), options, _say, engine_address))
     except CannotStartError:  # the gateway was told why, and tells
         return 1
     except (EngineLostError, RejectedError) as error:

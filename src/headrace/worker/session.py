@@ -10,6 +10,7 @@ and answers. Requests of a gateway that is gone are cancelled: nobody would read
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -37,9 +38,12 @@ from headrace.world import ConnectFailed, ConnectionLost, World
 
 CONNECT_TIMEOUT_S = 5.0
 WELCOME_TIMEOUT_S = 10.0
+UNWELCOMED_BEAT_S = 1.0
+"""How often a worker that waits to be welcomed says that it lives: who says nothing never learns that the
+machine went down without a word and is back."""
 FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 2.0
-"""Pauses between attempts to dial a gateway; a restarted one must know its cluster soon."""
+LONGEST_PAUSE_S = 1.0
+"""Pauses between attempts to dial a gateway; a restarted one must know its cluster within two heartbeats."""
 
 
 class RejectedError(Exception):
@@ -109,9 +113,7 @@ class Session:
             await asyncio.sleep(pause_s)
 
     async def _serve(self, channel: Channel[FromGateway]) -> None:
-        channel.post(Hello(PROTOCOL_VERSION, self._info))
-        async with asyncio.timeout(WELCOME_TIMEOUT_S):
-            answer = await channel.receive()
+        answer = await self._say_hello(channel)
         if isinstance(answer, Rejected) and not answer.later:
             raise RejectedError(f"the gateway at {self._address} rejects this worker: {answer.reason}")
         if isinstance(answer, Rejected) and answer.reason != self._said:
@@ -130,6 +132,23 @@ class Session:
                 self._obey(message)
         finally:
             beats.cancel()
+
+    async def _say_hello(self, channel: Channel[FromGateway]) -> FromGateway | None:
+        """The gateway's answer; None when it ended the connection. Raises TimeoutError, ConnectionLost."""
+        channel.post(Hello(PROTOCOL_VERSION, self._info))
+        waiting = asyncio.create_task(self._insist(channel), name="worker.unwelcomed")
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                return await channel.receive()
+        finally:
+            waiting.cancel()
+
+    async def _insist(self, channel: Channel[FromGateway]) -> None:
+        """Say that we live, until somebody answers or the network says that nobody will."""
+        with contextlib.suppress(ConnectionLost):  # whoever waits for the answer learns the same
+            while True:
+                await asyncio.sleep(UNWELCOMED_BEAT_S)
+                channel.post(self._orders.heartbeat())
 
     def _obey(self, message: FromGateway) -> None:
         match message:

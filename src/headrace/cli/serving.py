@@ -1,0 +1,66 @@
+"""What the commands that answer over HTTP do alike: find the model, listen, serve until told to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headrace.cli import STARTED_S
+from headrace.cli.early import unwinding
+from headrace.cli.http_options import HttpFlags, SplitFlags, cluster_credentials, say
+from headrace.cluster.options import GatewayOptions
+from headrace.config import EngineOptions
+
+if TYPE_CHECKING:
+    from headrace.api.workers import Pools
+    from headrace.store import ModelFiles
+
+
+def find_model(model: str) -> ModelFiles:
+    """The files of a model, pulled if they are not here. Raises ModelError, OSError."""
+    from headrace.cli.models import PullProgress
+    from headrace.store import resolve
+
+    with unwinding(), PullProgress() as progress:
+        return resolve(model, progress)
+
+
+def serve_http(
+    model: str,
+    engine: Callable[[ModelFiles], EngineOptions],
+    pools: Pools,
+    *,
+    http: HttpFlags,
+    split: SplitFlags,
+    listen: str | None,
+    credentials: Path | None,
+) -> None:
+    """Serve until a signal says otherwise; at `listen` workers of elsewhere join.
+
+    Raises what the user can mend, in words: see `clear_errors`.
+    """
+    from headrace.api.http import bind
+
+    serving = http.serving()
+    bound = bind(http.host, http.port)
+    files = find_model(model)
+    options = engine(files)
+    import uvloop
+
+    from headrace.api.service import Service
+    from headrace.api.workers import Door
+
+    service = Service(
+        files,
+        options,
+        bound,
+        serving=serving,
+        drain_timeout_s=http.drain_timeout,
+        pools=pools,
+        door=Door(listen, cluster_credentials(credentials, make=True)) if listen is not None else None,
+        gateway=GatewayOptions(split=split.policy()),
+        started_s=STARTED_S,
+        say=say,
+    )
+    uvloop.run(service.run())
