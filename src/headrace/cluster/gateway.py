@@ -182,12 +182,12 @@ class Gateway:
         if accepted.prefill is not None and accepted.prefill.name == output.request_id:
             self._handoffs.prefilled(accepted, output, now, times)
             return
-        if output.finish is not None and accepted.home is not None:
-            accepted.home.member.open_samples -= output.index in accepted.samples
         if output.finish is not None and _is_workers_fault(output.finish):
             self.replay(accepted, f"its worker gave it up ({_message(output.finish)})")
-        else:
-            self.deliver(accepted, output, now, times)
+            return
+        if output.finish is not None and accepted.home is not None:
+            accepted.home.member.open_samples -= output.index in accepted.samples
+        self.deliver(accepted, output, now, times)
 
     def deliver(
         self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None = None
@@ -198,6 +198,7 @@ class Gateway:
     def _forget(self, accepted: Accepted) -> None:
         """Everything of a request has ended; a prefill that may still run for it is not wanted."""
         self._ledger.strike_off(accepted)
+        self.journeys.end(accepted.journey)
         self._replays.forget(accepted)
         self.leave_prefill(accepted)
         self.leave_home(accepted)
@@ -251,7 +252,7 @@ class Gateway:
             if self._ledger.get(request.request_id) is not None:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             check_request(request, limits)
-        check_room(self.registry.live(), requests, self.open_samples)
+        check_room(self.registry.live(), requests, self._replays.waiting, self.open_samples)
         samples = [(r.request_id, index) for r in requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self.cancel)
         now = self._world.now()
@@ -315,12 +316,12 @@ class Gateway:
             return
         which = [i for i in accepted.samples if index is None or i == index]
         for each in which:
-            if accepted.samples[each].counts_as is not FinishReason.STOP:  # complete is complete
-                accepted.samples[each].counts_as = counts_as
+            sample = accepted.samples[each]
+            sample.cancelled = True
+            if sample.counts_as is not FinishReason.STOP:  # complete is complete
+                sample.counts_as = counts_as
         if accepted.home is None:
-            for each in which:
-                output = SequenceOutput(request_id, each, finish=Finish(FinishReason.CANCELLED))
-                self.deliver(accepted, output, self._world.now())
+            self._end_cancelled(accepted)
         elif which:
             self.post(accepted.home.member, Cancel(accepted.home.name, index))
             if 0 in which:
@@ -336,11 +337,20 @@ class Gateway:
             self.post(accepted.home.member, Cancel(accepted.home.name))
         self.leave_home(accepted)
         self.leave_prefill(accepted)
+        self._end_cancelled(accepted)
+        if not accepted.samples:
+            return
         if self._replays.give_up(accepted, lost, why):
             return
         accepted.journey.note(now, "replayed", lost.worker_id if lost else "", why=why)
         self._observer.replayed()
         self._replays.wait(accepted)
+
+    def _end_cancelled(self, accepted: Accepted) -> None:
+        """No worker is to say so any more."""
+        for index in [index for index, sample in accepted.samples.items() if sample.cancelled]:
+            output = SequenceOutput(accepted.request.request_id, index, finish=Finish(FinishReason.CANCELLED))
+            self.deliver(accepted, output, self._world.now())
 
     def _refused(self, name: str, reason: str) -> None:
         accepted = self._ledger.of_leg(name)

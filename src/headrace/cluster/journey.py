@@ -1,6 +1,7 @@
 """What happened to a request on its way, step by step, for those who ask afterwards.
 
-In: entries as they happen. Out: the last `KEPT` requests by their id. It must not decide anything.
+In: entries as they happen. Out: by their id the requests that run, and the last `KEPT` that have ended. It
+must not decide anything.
 """
 
 from __future__ import annotations
@@ -34,25 +35,33 @@ class Journey(msgspec.Struct):
 
 
 class Journeys:
-    """The last requests; those that still run are always among them, since they are bounded too."""
+    """The requests that run, whose number the workers' queues bound, and the last that have ended."""
 
     def __init__(self) -> None:
-        self._journeys: OrderedDict[str, Journey] = OrderedDict()
+        self._open: dict[str, Journey] = {}
+        self._ended: OrderedDict[str, Journey] = OrderedDict()
 
     def begin(self, request_id: str, prompt_tokens: int, now: float) -> Journey:
         journey = Journey(request_id, prompt_tokens, now, [])
-        self._journeys[request_id] = journey
-        while len(self._journeys) > KEPT:
-            self._journeys.popitem(last=False)
+        self._open[request_id] = journey
         return journey
+
+    def end(self, journey: Journey) -> None:
+        """Nothing more happens to the request."""
+        del self._open[journey.request_id]
+        self._ended[journey.request_id] = journey
+        self._ended.move_to_end(journey.request_id)
+        while len(self._ended) > KEPT:
+            self._ended.popitem(last=False)
 
     @property
     def most(self) -> int:
-        """How many requests are kept."""
+        """How many of the ended are kept."""
         return KEPT
 
     def of(self, name: str) -> list[Journey]:
         """The request of this id, or all that were made of it: NAME-0, NAME-1, … for its prompts."""
-        if (exact := self._journeys.get(name)) is not None:
+        if (exact := self._open.get(name) or self._ended.get(name)) is not None:
             return [exact]
-        return [journey for key, journey in self._journeys.items() if key.rpartition("-")[0] == name]
+        known = {**self._ended, **self._open}
+        return [journey for key, journey in known.items() if key.rpartition("-")[0] == name]

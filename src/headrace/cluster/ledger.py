@@ -39,6 +39,8 @@ class Sample:
     last_s: float = 0.0
     counts_as: FinishReason = FinishReason.CANCELLED
     """What its ending is, should it end by being cancelled."""
+    cancelled: bool = False
+    """Whether nobody wants more of it; its worker may not have said so yet."""
 
 
 @dataclass(slots=True, eq=False)

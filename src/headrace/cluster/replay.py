@@ -7,12 +7,14 @@ one worker's death a flood at the others; or an ending, when its budget is spent
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Protocol
 
 from headrace.cluster.ledger import Accepted, Stage
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import choose_home
 from headrace.cluster.registry import Member, Registry
+from headrace.protocol.channel import ProtocolError
 from headrace.world import World
 
 
@@ -61,6 +63,10 @@ class Replays:
         if self._placing is None or self._placing.done():
             self._placing = asyncio.create_task(self._place_all(), name="gateway.replay")
 
+    @property
+    def waiting(self) -> Collection[Accepted]:
+        return self._waiting
+
     def forget(self, accepted: Accepted) -> None:
         """It waits no more, if it did."""
         self._waiting.pop(accepted, None)
@@ -71,18 +77,26 @@ class Replays:
             await asyncio.gather(self._placing, return_exceptions=True)
 
     async def _place_all(self) -> None:
-        """Place what waits, in order and at a pace; end what has waited for too long."""
+        """Place the first that fits, again and again at a pace; end what has waited for too long."""
         most_s = self._options.replay_timeout_s
         while self._waiting:
-            accepted = next(iter(self._waiting))
-            left_s = accepted.waits_since_s + most_s - self._world.now()
-            if choose_home(self._registry.live(), len(accepted.samples)) is not None:
-                del self._waiting[accepted]
-                self._desk.place(accepted)
-                await asyncio.sleep(self._options.replay_pause_s)
-            elif left_s <= 0:
+            now = self._world.now()
+            for accepted in [one for one in self._waiting if now >= one.waits_since_s + most_s]:
                 self._desk.end_all(accepted, f"no other worker was free within {most_s:g} s; send it again")
-            else:
+            live = list(self._registry.live())
+            fits = (one for one in self._waiting if choose_home(live, len(one.samples)) is not None)
+            if (first := next(fits, None)) is not None:
+                self._place(first)
+                await asyncio.sleep(self._options.replay_pause_s)
+            elif self._waiting:
+                oldest_s = min(one.waits_since_s for one in self._waiting)
                 changed = asyncio.ensure_future(self._desk.wait_changed())
-                await asyncio.wait({changed}, timeout=left_s)
+                await asyncio.wait({changed}, timeout=oldest_s + most_s - now)
                 changed.cancel()
+
+    def _place(self, accepted: Accepted) -> None:
+        del self._waiting[accepted]
+        try:
+            self._desk.place(accepted)
+        except ProtocolError as error:  # with all that was generated it fits no message any more
+            self._desk.end_all(accepted, error.reason)
