@@ -35,7 +35,7 @@ def keep_lost_samples_in_the_books(patch: Patch) -> None:
     def leave_home(self: Gateway, accepted: Accepted) -> None:
         leg, accepted.home = accepted.home, None
         if leg is not None:
-            self._close_leg(leg)
+            self._ledger.close_leg(leg)
 
     patch.setattr(Gateway, "leave_home", leave_home)
 
