@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headrace.observe import Metrics
 from headrace.observe.metrics import PREFIX
-from headrace.protocol.messages import EngineInfo
+from headrace.protocol.messages import EngineInfo, Role, WorkerInfo
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 INFO = EngineInfo(
@@ -34,7 +34,7 @@ INFO = EngineInfo(
 
 def exposed() -> dict[str, tuple[str, frozenset[str]]]:
     metrics = Metrics("m")
-    metrics.engine_up("w", INFO)
+    metrics.engine_up(WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, transfers=False, engine=INFO))
     return {
         family.name.removeprefix(PREFIX): (
             family.type,

@@ -119,7 +119,8 @@ class Gateway:
     # ---- workers come and go -------------------------------------------------------------------------
 
     def member_up(self, member: Member) -> None:
-        self._observer.engine_up(member.worker_id, member.info.engine)
+        self._observer.engine_up(member.info)
+        self._replays.returned(member)
         self._readiness.member_up(member)
 
     def member_failed(self, message: str) -> None:
@@ -133,7 +134,8 @@ class Gateway:
             accepted = self._ledger.of_leg(name)
             if accepted is None:
                 continue  # what became of another leg has ended it
-            accepted.deaths += died
+            if died:
+                self._replays.count_death(accepted, member)
             at_prefill = accepted.prefill is not None and accepted.prefill.name == name
             if at_prefill:
                 accepted.journey.note(self._world.now(), "prefill worker lost", member.worker_id, why=why)

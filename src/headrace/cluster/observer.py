@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.protocol.messages import EngineInfo, ImportSettled, SequenceTimes, StepStats
+from headrace.protocol.messages import ImportSettled, SequenceTimes, StepStats, WorkerInfo
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
 
@@ -29,8 +29,8 @@ class Ending:
 class GatewayObserver:
     """Nothing is done with what is told here; those who measure override what they want to know."""
 
-    def engine_up(self, worker_id: str, info: EngineInfo) -> None:
-        """A worker dialled in, with a new engine."""
+    def engine_up(self, worker: WorkerInfo) -> None:
+        """A worker dialled in; of the same generation, when only its connection was lost."""
 
     def engine_lost(self, worker_id: str) -> None:
         """The worker is gone; its requests go on elsewhere or end."""

@@ -37,7 +37,19 @@ class Replays:
         self._registry = registry
         self._desk = desk
         self._waiting: dict[Accepted, None] = {}  # in the order of their coming
+        self._counted: dict[tuple[str, int], list[Accepted]] = {}  # deaths by engine, while they matter
         self._placing: asyncio.Task[None] | None = None
+
+    def count_death(self, accepted: Accepted, member: Member) -> None:
+        """A worker died under a request, as it seems."""
+        accepted.deaths += 1
+        self._counted = {engine: who for engine, who in self._counted.items() if any(a.samples for a in who)}
+        self._counted.setdefault((member.worker_id, member.info.generation), []).append(accepted)
+
+    def returned(self, member: Member) -> None:
+        """A worker is there: if it is the engine that seemed to have died, only its connection had."""
+        for accepted in self._counted.pop((member.worker_id, member.info.generation), []):
+            accepted.deaths -= 1
 
     def give_up(self, accepted: Accepted, lost: Member | None, why: str) -> bool:
         """End a request that may not be tried again at another worker than `lost`; False: it may."""

@@ -19,7 +19,7 @@ from headrace import __version__
 from headrace.cluster import Ending, GatewayObserver
 from headrace.observe.instruments import Counter, CounterBy, Gauge, Histogram, Info, Instrument
 from headrace.protocol.handoff import Cause
-from headrace.protocol.messages import EngineInfo, ImportSettled, StepStats
+from headrace.protocol.messages import EngineInfo, ImportSettled, StepStats, WorkerInfo
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -152,6 +152,7 @@ class Metrics(GatewayObserver, Collector):
         self._model_info = add(Info("model_info", "What the engine serves and how it computes."))
         self._cache_info = add(Info("cache_config_info", "How the KV cache is cut."))
         self._efficiency.value = 1.0
+        self._generations: dict[str, int] = {}
         self._last_totals: dict[str, _Totals] = {}
         self._last_stats: dict[str, StepStats] = {}
         self._infos: dict[str, EngineInfo] = {}
@@ -172,9 +173,12 @@ class Metrics(GatewayObserver, Collector):
 
     # ---- what the gateway observes -------------------------------------------------------------------
 
-    def engine_up(self, worker_id: str, info: EngineInfo) -> None:
-        self._engine_starts.value += 1
-        self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
+    def engine_up(self, worker: WorkerInfo) -> None:
+        worker_id, info = worker.worker_id, worker.engine
+        if self._generations.get(worker_id) != worker.generation:
+            self._generations[worker_id] = worker.generation
+            self._engine_starts.value += 1
+            self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
         self._infos[worker_id] = info
         self._sum_up()
         self._model_info.facts = {
