@@ -64,7 +64,10 @@ def test_an_engine_that_stands_still_is_a_stuck_step(name: str) -> None:
     async def body(house: FaultHouse) -> None:
         stopped = house.engine(name)
         await under_load(house, name, "engine", signal.SIGSTOP)
-        await house.until(lambda: "a step that did not end within" in house.member(name).why_down, "given up")
+        await house.until(
+            lambda: any("lost with a step that did not end within" in line for line in house.lines),
+            "given up",
+        )
         await house.until(lambda: not stopped.is_running(), "its process is ended", 3)
         await house.until(lambda: house.member(name).is_live, "another engine")
         if name == "decode-1":

@@ -180,8 +180,11 @@ class EngineLife:
     async def _keep_asking(self) -> None:
         """Give the engine up when it has not answered for too long: its step is stuck."""
         while True:
+            asked_s = self._world.now()
             self._tell(Ping())
             await asyncio.sleep(PING_S)
+            if self._world.now() - asked_s > 2 * PING_S:
+                continue  # this process stood still itself, and what the engine said meanwhile is unread
             limit_s = self._options.step_timeout_s
             if self._relay.silent_s > limit_s:
                 self._stuck = True
