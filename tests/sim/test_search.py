@@ -26,7 +26,7 @@ def breaks_when_something_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         assert what is not None
         if any(fault.kind is Kind.CUT for fault in what.faults):
             raise Violation("a cut was noticed")
-        return Report(seed, "", life.Counter(), life.Counter(), 1, 1.0)
+        return Report(seed, "", life.Counter(), life.Counter(), life.Counter(), 1, 1, 1.0)
 
     monkeypatch.setattr("headrace.sim.search.live", broken)
 
@@ -40,6 +40,19 @@ def test_a_failing_seed_is_told_with_the_faults_that_matter(monkeypatch: pytest.
         assert [fault.kind for fault in failure.faults] == [Kind.CUT]
         whole = Scope().plan(failure.seed).faults
         assert [whole[number] for number in failure.keep] == list(failure.faults)
+
+
+def test_a_life_that_is_another_one_the_second_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lives = iter(range(100))
+
+    def different(seed: int, what: Plan | None = None) -> Report:
+        return Report(seed, str(next(lives)), life.Counter(), life.Counter(), life.Counter(), 1, 1, 1.0)
+
+    monkeypatch.setattr("headrace.sim.search.live", different)
+    verdict = search(range(1, 21), Scope())
+    assert [failure.seed for failure in verdict.failures] == [10, 20]
+    assert all("was another one" in failure.error for failure in verdict.failures)
+    assert search([10], Scope(again_every=0)).failures == []
 
 
 def test_the_command_says_how_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +79,8 @@ def test_a_real_history_from_the_command_line(tmp_path: Path) -> None:
         (["--seeds", "x"], "--seeds is 'x'"),
         (["--seeds", "5:5"], "names no seed"),
         (["--faults", "flood"], "there is no 'flood'"),
-        (["--only", "6"], "6 faults are drawn"),
+        (["--only", "10"], "10 faults are drawn"),
+        (["--executor", "abacus"], "there are hash and torch"),
     ],
 )
 def test_what_cannot_be_searched_is_said(options: list[str], said: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PROGRESS_S = 2.0
 VIOLATIONS = 1
+COUNT = 10
+AGAIN_EVERY = 10
 
 
 def simulate(
@@ -27,7 +30,7 @@ def simulate(
     faults: Annotated[
         str, typer.Option(help="`default` draws of all kinds, `none`, or kinds by name: crash,cut,drain.")
     ] = "default",
-    count: Annotated[int, typer.Option(min=0, help="Faults in each history.")] = 6,
+    count: Annotated[int, typer.Option(min=0, help="Faults drawn for each history.")] = COUNT,
     only: Annotated[
         str | None,
         typer.Option(metavar="N,N", help="Let only these of the drawn faults happen.", show_default="all"),
@@ -36,9 +39,18 @@ def simulate(
         Path | None,
         typer.Option("--config", help="YAML of a cluster: its pools.", show_default="several clusters"),
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="`hash`, which shows every wrong block, or `torch` on a tiny model.")
+    ] = "hash",
+    again_every: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Run each history whose seed is a multiple of N twice: it must be the same."
+        ),
+    ] = AGAIN_EVERY,
     jobs: Annotated[int, typer.Option(min=1, help="Histories at a time, each in its process.")] = 1,
 ) -> None:
-    """Run the gateway, workers and transfers in virtual time, with hashes for a model, and break things.
+    """Run gateways, workers and transfers in virtual time, with hashes for a model, and break things.
 
     Every output must be what the request produces alone, every request must end once, and nothing may be
     left. Exit code 1 when that did not hold.
@@ -46,7 +58,8 @@ def simulate(
     with clear_errors():
         from headrace.sim.search import search
 
-        numbers, scope = _seeds(seeds), _scope(faults, count, only, config)
+        numbers, scope = _seeds(seeds), _scope(faults, count, only, config, executor)
+        scope = replace(scope, again_every=again_every)
         began = time.monotonic()
         said = began
 
@@ -60,7 +73,9 @@ def simulate(
         verdict = search(numbers, scope, jobs=jobs, heard=heard)
         options = "" if config is None else f" --config {config}"
         options += "" if faults == "default" else f" --faults {faults}"
-        options += "" if count == 6 else f" --count {count}"
+        options += "" if count == COUNT else f" --count {count}"
+        options += "" if executor == "hash" else f" --executor {executor}"
+        options += "" if again_every == AGAIN_EVERY else f" --again-every {again_every}"
         for line in _verdict_lines(verdict, time.monotonic() - began, options):
             print(line)
         if verdict.failures:
@@ -71,10 +86,12 @@ def _verdict_lines(verdict: Verdict, took_s: float, options: str) -> list[str]:
     """The verdict in words; `options` are those that a replay needs."""
     lines = [
         f"{verdict.seeds} histories, {len(verdict.failures)} with violations, in {took_s:.1f} s",
-        f"  steps     {verdict.steps} in {verdict.virtual_s:.0f} s of virtual time",
-        f"  sequences {_counts(verdict.endings)}",
-        f"  faults    {_counts(verdict.faults)}",
+        f"  requests  {verdict.requests} accepted; sequences: {_counts(verdict.endings)}",
+        f"  steps     {verdict.steps} in {verdict.virtual_s:.0f} s of virtual time{_least(verdict)}",
+        f"  again     {verdict.again} lived twice, and were the same both times",
+        f"  faults    {verdict.acted.total()} of {verdict.faults.total()} met something, by kind:",
     ]
+    lines += [f"    {kind:14} {verdict.acted[kind]:6} of {n}" for kind, n in sorted(verdict.faults.items())]
     for failure in verdict.failures:
         lines += _failure_lines(failure, options)
     return lines
@@ -95,6 +112,11 @@ def _failure_lines(failure: Failure, options: str) -> list[str]:
     ]
 
 
+def _least(verdict: Verdict) -> str:
+    least = verdict.least
+    return "" if least is None else f"; at least {least.steps} in each, as in seed {least.seed}"
+
+
 def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
@@ -110,7 +132,7 @@ def _seeds(text: str) -> range:
     return seeds
 
 
-def _scope(faults: str, count: int, only: str | None, config: Path | None) -> Scope:
+def _scope(faults: str, count: int, only: str | None, config: Path | None, executor: str) -> Scope:
     from headrace.sim.faults import Kind
     from headrace.sim.search import Scope
 
@@ -135,7 +157,10 @@ def _scope(faults: str, count: int, only: str | None, config: Path | None) -> Sc
         if any(not 0 <= number < most for number in keep):
             raise ValueError(f"--only {only}: {most} faults are drawn, numbered from 0")
     roles = None if config is None else tuple(_workers(config).items())
-    return Scope(kinds, roles, count, keep)
+    if executor not in ("hash", "torch"):
+        raise ValueError(f"--executor is {executor!r}; there are hash and torch")
+    computes: Literal["hash", "torch"] = "torch" if executor == "torch" else "hash"
+    return Scope(kinds, roles, count, keep, computes)
 
 
 def _workers(config: Path) -> dict[str, Role]:

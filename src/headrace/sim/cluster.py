@@ -7,17 +7,24 @@ and what must hold of them whatever happened. Only executors, network and launch
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from headrace.cluster import Gateway, GatewayObserver
 from headrace.cluster.options import GatewayOptions, SplitPolicy
-from headrace.engine import Engine, SchedulerConfig
+from headrace.cluster.registry import Member
+from headrace.engine import Engine
 from headrace.protocol.engine_messages import PoolInfo
-from headrace.protocol.messages import EngineInfo, Role
+from headrace.protocol.handoff import Ticket
+from headrace.protocol.messages import ExportOffered, FromWorker, Role
 from headrace.protocol.requests import GenerateRequest
-from headrace.sim.hash_executor import Expected, HashExecutor, expected, hash_engine, model_of
+from headrace.sim.hash_model import Expected
 from headrace.sim.launcher import TaskLauncher
+from headrace.sim.link import DATACENTRE, LinkProfile
 from headrace.sim.network import Crash
+from headrace.sim.shape import EngineShape, executor_of
 from headrace.sim.simulation import Simulation
 from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import World
@@ -27,69 +34,6 @@ GATEWAY_PORT = 7000
 ENGINE_PORT = 7100
 DATA_PORT = 7200
 """The same in each life of a worker, so that who comes with a ticket of a former life is answered."""
-
-_KEY = b"the cluster's key"
-
-
-@dataclass(frozen=True)
-class EngineShape:
-    """What each engine is like. Times in seconds of virtual time."""
-
-    max_model_len: int = 256
-    vocab_size: int = 1000
-    eos_token_ids: frozenset[int] = frozenset({7})
-    max_num_seqs: int = 6
-    max_num_batched_tokens: int = 32
-    max_waiting: int = 100
-    num_blocks: int = 80
-    block_size: int = 4
-    step_s: float = 0.004
-    token_s: float = 0.0005
-
-    def build(self) -> Engine:
-        config = SchedulerConfig(
-            max_model_len=self.max_model_len,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_waiting=self.max_waiting,
-        )
-        return hash_engine(
-            config,
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            step_s=self.step_s,
-            token_s=self.token_s,
-            key=_KEY,
-        )
-
-    def info(self, block_bytes: int) -> EngineInfo:
-        return EngineInfo(
-            model="hash",
-            revision="0",
-            numerics="exact",
-            dtype="uint64",
-            batch_invariant=True,
-            max_model_len=self.max_model_len,
-            vocab_size=self.vocab_size,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_waiting=self.max_waiting,
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
-            block_bytes=block_bytes,
-            weight_bytes=0,
-            prefix_caching=True,
-            kv_layout=f"hash values, {block_bytes} bytes a block",
-            threads=1,
-            pid=1,
-        )
-
-
-def executor_steps(engine: Engine) -> int:
-    """How many steps an engine's executor was given."""
-    return engine.executor.steps if isinstance(engine.executor, HashExecutor) else 0
 
 
 class SharedBytes:
@@ -104,6 +48,27 @@ class SharedBytes:
 
 class Violation(AssertionError):
     """What must hold did not; the text says what, of whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaked:
+    """A ticket that somebody keeps who was not meant to use it, and whose prompt its blocks hold."""
+
+    ticket: Ticket
+    request: GenerateRequest
+
+
+class LeakyGateway(Gateway):
+    """The gateway, and tickets that come to it are written down elsewhere."""
+
+    leaked: list[Leaked]
+
+    def heard(self, member: Member, message: FromWorker) -> None:
+        if isinstance(message, ExportOffered):
+            accepted = self._ledger.of_leg(message.request_id)
+            if accepted is not None:
+                self.leaked.append(Leaked(message.ticket, accepted.request))
+        super().heard(member, message)
 
 
 @dataclass(eq=False)
@@ -124,8 +89,23 @@ class SimGateway:
     def build(self) -> Gateway:
         cluster = self.cluster
         world = cluster.simulation.world(self.name)
-        self.gateway = Gateway(world, cluster.observer, cluster.options)
-        return self.gateway
+        with cluster.simulation.on(self.name):
+            gateway = LeakyGateway(world, cluster.observer, cluster.options)
+        gateway.leaked = cluster.leaked
+        self.gateway = gateway
+        return gateway
+
+    async def listen(self) -> None:
+        """Start serving."""
+        if self.gateway is not None:
+            with self.cluster.simulation.on(self.name):
+                await self.gateway.listen(self.address)
+
+    async def stop(self) -> None:
+        """End everything that runs there."""
+        if self.gateway is not None:
+            with self.cluster.simulation.on(self.name):
+                await self.gateway.drain(0.0)
 
     async def crash(self, how: Crash = Crash.RESET) -> None:
         """The whole machine dies; the streams of its clients end."""
@@ -133,12 +113,14 @@ class SimGateway:
         if gateway is not None:
             self.former.append(gateway)
             self.cluster.simulation.network.crash_host(self.name, how)
-            await gateway.drain(0.0)  # nothing that it says leaves the machine
+            with self.cluster.simulation.on(self.name):
+                await gateway.drain(0.0)  # nothing that it says leaves the machine
 
     async def restart(self) -> None:
         """Bring a crashed machine back."""
         self.cluster.simulation.network.restart_host(self.name)
-        await self.build().listen(self.address)
+        self.build()
+        await self.listen()
 
 
 @dataclass(eq=False)
@@ -168,35 +150,51 @@ class SimWorker:
             lease_s=self.cluster.lease_s,
             step_timeout_s=5.0,
         )
-        self.supervisor = Supervisor(world, options, self._launcher, f"{self.name}:{ENGINE_PORT}")
-        self.task = asyncio.create_task(self.supervisor.run(), name=self.name)
+        with self.cluster.simulation.on(self.name):
+            self.supervisor = Supervisor(world, options, self._launcher, f"{self.name}:{ENGINE_PORT}")
+            self.task = asyncio.create_task(self.supervisor.run(), name=self.name)
 
     async def _live(self, world: World, address: str) -> None:
         """One engine, from start to end."""
         engine = self.engine = self.cluster.shape.build()
         self.engines.append(engine)
-        executor = engine.executor
-        if not isinstance(executor, HashExecutor):
-            raise TypeError("a simulated worker computes hashes")
+        executor = executor_of(engine)
         path = f"{self.name}/{len(self.engines)}"
         memory = executor.memory()
         self.cluster.simulation.memories[path] = SharedBytes(memory)
-        info = self.cluster.shape.info(executor.block_bytes)
+        info = self.cluster.shape.info(engine)
         pool = PoolInfo(path, memory.nbytes, executor.block_bytes, self.cluster.shape.block_size)
-        await serve(world, address, engine, info, pool)
+        try:
+            await serve(world, address, engine, info, pool)
+        finally:
+            executor.close()
 
-    def kill_engine(self) -> None:
-        """The engine's process dies; its supervisor lives."""
-        if self._launcher is not None and self._launcher.processes:
-            self._launcher.processes[-1].task.cancel()
+    def kill_engine(self) -> bool:
+        """The engine's process dies, if one runs; its supervisor lives."""
+        task = self._launcher.processes[-1].task if self._launcher and self._launcher.processes else None
+        return task is not None and task.cancel()
 
-    async def slow_down(self, factor: float | None, for_s: float) -> None:
-        """Let steps that begin within `for_s` take `factor` times as long; None: `for_s`, as if it froze."""
-        engine = self.engine
-        if engine is not None and isinstance(engine.executor, HashExecutor):
-            engine.executor.step_s = for_s if factor is None else self.cluster.shape.step_s * factor
-            await asyncio.sleep(for_s)
-            engine.executor.step_s = self.cluster.shape.step_s
+    async def slow_down(self, factor: float | None, for_s: float) -> bool:
+        """Let steps that begin within `for_s` take `factor` times as long; None: `for_s`, as if it froze.
+
+        Returns whether there was one.
+        """
+        if self.engine is None:
+            return False
+        executor = executor_of(self.engine)
+        before = executor.steps
+        executor.step_s = for_s if factor is None else self.cluster.shape.step_s * factor
+        await asyncio.sleep(for_s)
+        executor.step_s = self.cluster.shape.step_s
+        return executor.steps > before
+
+    def drain(self) -> asyncio.Task[None] | None:
+        """Ask a worker that runs to leave when it is done; returns what ends then."""
+        if self.task is None or self.task.done() or self.supervisor is None:
+            return None
+        with self.cluster.simulation.on(self.name):
+            self.supervisor.drain()
+        return self.task
 
     async def crash(self, how: Crash = Crash.RESET) -> None:
         """The whole machine dies."""
@@ -246,7 +244,9 @@ class SimCluster:
         lease_s: float = 5.0,
         observer: GatewayObserver | None = None,
         gateways: int = 1,
+        data_link: LinkProfile = DATACENTRE,
     ) -> None:
+        """`data_link` is what workers have between each other."""
         self.simulation = simulation
         self.observer = observer
         self.shape = shape or EngineShape()
@@ -258,10 +258,44 @@ class SimCluster:
             lapse_s=1.5,
             replay_timeout_s=20.0,
         )
+        self.leaked: list[Leaked] = []
+        """Tickets that were offered so far."""
+        self.clock_rates: dict[str, float] = {}
+        """Of hosts whose clocks are not right, when nothing else is wrong."""
+        self.stepped: set[str] = set()
+        """Hosts whose clocks have jumped."""
+        self._expected: dict[tuple[str, int], Expected] = {}
+        self._data_link = data_link
         self.gateways = {name: SimGateway(self, name) for name in self.gateway_names(gateways)}
         for gateway in self.gateways.values():
             gateway.build()
         self.workers = {name: SimWorker(self, name, role) for name, role in roles.items()}
+        for name in roles:
+            simulation.network.host(name)
+        for one, other in permutations(roles, 2):
+            simulation.network.set_link(one, other, data_link)
+
+    def set_clocks(self, clocks: Mapping[str, tuple[float, float]]) -> None:
+        """Let each of these hosts have a clock so many seconds ahead, and counting so many in a second."""
+        for host, (ahead_s, rate) in clocks.items():
+            self.clock_rates[host] = rate
+            clock = self.simulation.network.clock(host)
+            self.simulation.loop.set_clock(clock, ahead_s=ahead_s, rate=rate)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of any worker."""
+        engines = (worker.engine for worker in self.workers.values() if worker.engine is not None)
+        return executor_of(next(engines)).block_bytes
+
+    def link(self, a: str, b: str) -> LinkProfile:
+        """What lies between two hosts when nothing is wrong."""
+        return self._data_link if a in self.workers and b in self.workers else DATACENTRE
+
+    def on(self, gateway: Gateway) -> AbstractContextManager[None]:
+        """Within the block, what runs reads the clock of a gateway's host, as its clients do."""
+        owners = (one for one in self.gateways.values() if gateway is one.gateway or gateway in one.former)
+        return self.simulation.on(next(owners).name)
 
     @staticmethod
     def gateway_names(count: int) -> list[str]:
@@ -271,8 +305,7 @@ class SimCluster:
     async def start(self) -> None:
         """Start everything and wait until all workers are members."""
         for one in self.gateways.values():
-            if one.gateway is not None:
-                await one.gateway.listen(one.address)
+            await one.listen()
         for worker in self.workers.values():
             worker.start()
         await self.complete()
@@ -306,24 +339,26 @@ class SimCluster:
             raise Violation(text) from None
 
     async def stop(self) -> None:
-        for gateway in self.live_gateways().values():
-            await gateway.drain(0.0)
+        for one in self.gateways.values():
+            await one.stop()
         await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
 
     @property
     def steps(self) -> int:
         """Steps that the engines have run, those of engines that are gone included."""
-        return sum(executor_steps(engine) for worker in self.workers.values() for engine in worker.engines)
+        return sum(executor_of(engine).steps for worker in self.workers.values() for engine in worker.engines)
 
     def expected(self, request: GenerateRequest, index: int = 0) -> Expected:
-        """What a sample produces when nothing disturbs it."""
-        engine = next(worker.engine for worker in self.workers.values() if worker.engine is not None)
-        return expected(request, index, model_of(engine), self.shape.max_model_len)
+        """What a sample produces when nothing disturbs it; requests of one name are the same."""
+        name = request.request_id, index
+        if name not in self._expected:
+            self._expected[name] = self.shape.expected(request, index)
+        return self._expected[name]
 
     async def settle(self, timeout_s: float = 60.0) -> None:
         """Wait until nothing is open or held anywhere; raises Violation naming what still is."""
-        deadline = self.simulation.loop.time() + timeout_s
-        while (left := self.leftovers()) and self.simulation.loop.time() < deadline:
+        deadline = self.simulation.loop.now + timeout_s
+        while (left := self.leftovers()) and self.simulation.loop.now < deadline:
             await asyncio.sleep(0.05)
         if left:
             raise Violation(f"after {timeout_s:g} s there is still: {'; '.join(left)}")

@@ -1,20 +1,20 @@
 """Faults for a simulated cluster: what can go wrong, and when, drawn from a seed.
 
-In: a random stream and the names of workers. Out: a list of `Fault`s, plain data in order of time, and the
-means to make each happen. A list can be written down, shortened and played again.
+In: a random stream and the workers. Out: a list of `Fault`s, plain data in order of time, which can be
+written down, shortened and played again. It must not know how to make them happen (`sim/mishaps.py`).
+
+Half of all lists are drawn from a few kinds only, and many faults follow another one closely, at the same
+place: what breaks only when two things meet is met more often than by chance.
 """
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from headrace.sim.cluster import GATEWAY, SimCluster
-from headrace.sim.link import DATACENTRE, LinkProfile
-from headrace.sim.network import Crash
+from headrace.protocol.messages import Role
 
 
 class Kind(enum.StrEnum):
@@ -32,9 +32,11 @@ class Kind(enum.StrEnum):
     BREAK = "break"
     """All connections between two hosts break."""
     BREAK_LATER = "break later"
-    """One connection between two hosts breaks after `amount` bytes, perhaps in the middle of a block."""
+    """One connection between gateway and worker breaks after `amount` bytes, in the middle of a message."""
+    BREAK_PULL = "break pull"
+    """One connection over which blocks come breaks after `amount` bytes, in the middle of a block."""
     CORRUPT = "corrupt"
-    """One byte from one worker to another changes on the way, `amount` bytes from now."""
+    """One byte of what a source of blocks sends to a target changes on the way, `amount` bytes from now."""
     SLOW = "slow"
     """A worker's steps take `amount` times as long for `for_s`."""
     FREEZE = "freeze"
@@ -50,7 +52,17 @@ class Kind(enum.StrEnum):
     LATE = "late"
     """Every packet between two hosts takes `amount` ms longer for `for_s`: orders and tickets are stale."""
     NARROW = "narrow"
-    """Between two workers pass `amount` bytes a second for `for_s`: transfers last."""
+    """Between a source of blocks and a target pass `amount` bytes a second for `for_s`: transfers last."""
+    STALE = "stale ticket"
+    """Somebody comes with a ticket of a source again, the one that was offered `amount` before the last."""
+    CLOCK_RATE = "clock drift"
+    """A host's clock counts `amount` thousandths of a second in a second for `for_s`."""
+    CLOCK_STEP = "clock step"
+    """A host's clock jumps `amount` ms ahead."""
+    CANCEL = "cancel"
+    """All that a gateway serves is cancelled, each `amount` callbacks after the one before: at any await."""
+    FULL = "full queue"
+    """`amount` requests come to a gateway at once, so that queues are full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,132 +77,80 @@ class Fault:
     amount: int = 0
 
 
-DRAIN_TIMEOUT_S = 20.0
+WITHIN_S = 0.3
+"""How closely a fault follows another one with which it belongs together."""
+FEW_KINDS = 5
 
-_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.BREAK_LATER, Kind.LATE)
-_OF_GATEWAYS = (Kind.GATEWAY, Kind.GATEWAY_END, Kind.GATEWAY_POWER)
+_ONLY_HANDOFFS = (Kind.BREAK_PULL, Kind.CORRUPT, Kind.NARROW, Kind.STALE)
+_OF_GATEWAYS = (Kind.GATEWAY, Kind.GATEWAY_END, Kind.GATEWAY_POWER, Kind.CANCEL, Kind.FULL)
+_OF_ALL = (Kind.CLOCK_RATE, Kind.CLOCK_STEP)
+_BETWEEN = (Kind.CUT, Kind.CUT_ONE_WAY, Kind.BREAK, Kind.LATE)
 
 _AMOUNTS = {
     Kind.SLOW: (20,),
     Kind.LATE: (20, 100, 500, 1500),
     Kind.NARROW: (500, 2_000),
+    Kind.BREAK_LATER: (0, 100, 700, 2000, 10_000),
+    Kind.BREAK_PULL: (0, 50, 100, 300, 700),
+    Kind.CORRUPT: (0, 50, 100, 300, 700),
+    Kind.STALE: (0, 1, 5, 20),
+    Kind.CLOCK_RATE: (500, 900, 1100, 2000),
+    Kind.CLOCK_STEP: (100, 1000, 5000),
+    Kind.CANCEL: (1, 3, 17, 101),
+    Kind.FULL: (40, 80),
 }
-_BYTES = (0, 100, 700, 2000, 10_000)
+_FOR_S = (0.05, 0.3, 1.0, 4.0)
+
+
+def handoffs(roles: Mapping[str, Role]) -> list[tuple[str, str]]:
+    """Between which workers blocks travel, as (source, target)."""
+    sources = [name for name, role in roles.items() if role is Role.PREFILL]
+    if sources:
+        return [(source, name) for source in sources for name, role in roles.items() if role.decodes]
+    sources = [name for name, role in roles.items() if role.prefills_for_others]
+    return [(source, name) for source in sources for name, role in roles.items() if role is Role.DECODE]
 
 
 def draw(
-    generator: random.Random,
-    workers: Sequence[str],
+    chance: random.Random,
+    roles: Mapping[str, Role],
     count: int,
     within_s: float,
     *,
-    gateways: Sequence[str] = (GATEWAY,),
+    gateways: Sequence[str],
     kinds: Sequence[Kind] = tuple(Kind),
 ) -> list[Fault]:
-    """`count` faults at random times, of random `kinds`, at random places."""
-    faults = []
-    for _ in range(count):
-        kind = generator.choice(list(kinds))
-        where = generator.choice(list(gateways if kind in _OF_GATEWAYS else workers))
-        other = ""
-        if (
-            kind is Kind.CORRUPT or kind is Kind.NARROW
-        ):  # of the control channel TLS takes care; bytes of blocks have checksums
-            other = generator.choice([name for name in workers if name != where] or [where])
-        elif kind in _BETWEEN:
-            other = generator.choice([*gateways, *(name for name in workers if name != where)])
-        faults.append(
-            Fault(
-                generator.uniform(0, within_s),
-                kind,
-                where,
-                other,
-                generator.choice([0.05, 0.3, 1.0, 4.0]),
-                generator.choice(_AMOUNTS.get(kind, _BYTES)),
-            )
-        )
+    """`count` faults of these `kinds`, as far as they can happen in such a cluster, in order of time."""
+    places = {kind: at for kind in kinds if (at := _places(kind, roles, gateways))}
+    drawn = list(places)
+    if drawn and chance.random() < 0.5:
+        drawn = chance.sample(drawn, min(FEW_KINDS, len(drawn)))
+    faults: list[Fault] = []
+    for _ in range(count if drawn else 0):
+        kind = chance.choice(drawn)
+        at_s, candidates = chance.uniform(0, within_s), places[kind]
+        if faults and chance.random() < 0.4:
+            last = faults[-1]
+            at_s = last.at_s + chance.uniform(0, WITHIN_S)
+            near = [place for place in candidates if {last.where, last.other} & set(place) - {""}]
+            candidates = near or candidates
+        where, other = chance.choice(candidates)
+        amount = chance.choice(_AMOUNTS.get(kind, (0,)))
+        faults.append(Fault(at_s, kind, where, other, chance.choice(_FOR_S), amount))
     return sorted(faults, key=lambda fault: fault.at_s)
 
 
-async def play(cluster: SimCluster, faults: Sequence[Fault]) -> None:
-    """Make the faults happen, each at its time; returns when all are over."""
-    began_s = cluster.simulation.loop.time()
-
-    async def one(fault: Fault) -> None:
-        await asyncio.sleep(began_s + fault.at_s - cluster.simulation.loop.time())
-        cluster.simulation.loop.trace("fault", fault.kind, fault.where, fault.other, fault.amount)
-        await make(cluster, fault)
-
-    async with asyncio.TaskGroup() as group:
-        for fault in faults:
-            group.create_task(one(fault))
-
-
-async def make(cluster: SimCluster, fault: Fault) -> None:
-    """Make one fault happen, and undo it after its time. To a worker that is down, nothing happens."""
-    if fault.kind in _OF_GATEWAYS:
-        await _restart_gateway(cluster, fault)
-        return
-    network, worker = cluster.simulation.network, cluster.workers[fault.where]
-    match fault.kind:
-        case Kind.CRASH | Kind.END | Kind.POWER:
-            if worker.task is not None:
-                await worker.crash(_CRASHES[fault.kind])
-                await asyncio.sleep(fault.for_s)
-                worker.restart()  # nothing else does, while it is crashed
-        case Kind.ENGINE:
-            worker.kill_engine()
-        case Kind.CUT | Kind.CUT_ONE_WAY:
-            network.partition(fault.where, fault.other, one_way=fault.kind is Kind.CUT_ONE_WAY)
-            await asyncio.sleep(fault.for_s)
-            network.heal(fault.where, fault.other)
-        case Kind.BREAK:
-            network.break_connections(fault.where, fault.other)
-        case Kind.BREAK_LATER:
-            network.break_connections(fault.where, fault.other, after_bytes=fault.amount)
-        case Kind.CORRUPT:
-            network.corrupt(fault.where, fault.other, after_bytes=fault.amount)
-        case Kind.LATE:
-            late = LinkProfile(latency_s=DATACENTRE.latency_s + fault.amount / 1000)
-            await _with_link(cluster, fault, late)
-        case Kind.NARROW:
-            await _with_link(cluster, fault, LinkProfile(bytes_per_s=float(fault.amount)))
-        case Kind.SLOW | Kind.FREEZE:
-            await worker.slow_down(float(fault.amount) if fault.kind is Kind.SLOW else None, fault.for_s)
-        case Kind.DRAIN:
-            task = worker.task
-            if task is not None and worker.supervisor is not None:
-                worker.supervisor.drain()
-                await asyncio.wait({task}, timeout=DRAIN_TIMEOUT_S)
-                if worker.task is task:
-                    await worker.stop()
-                    await asyncio.sleep(fault.for_s)
-                    if worker.task is None and not worker.crashed:
-                        worker.start()
-
-
-async def _restart_gateway(cluster: SimCluster, fault: Fault) -> None:
-    one = cluster.gateways[fault.where]
-    if one.gateway is not None:
-        await one.crash(_CRASHES[fault.kind])
-        await asyncio.sleep(fault.for_s)
-        await one.restart()
-
-
-async def _with_link(cluster: SimCluster, fault: Fault, profile: LinkProfile) -> None:
-    network, ends = cluster.simulation.network, (fault.where, fault.other)
-    for source, target in (ends, ends[::-1]):
-        network.set_link(source, target, profile)
-    await asyncio.sleep(fault.for_s)
-    for source, target in (ends, ends[::-1]):
-        network.set_link(source, target, DATACENTRE)
-
-
-_CRASHES = {
-    Kind.CRASH: Crash.RESET,
-    Kind.END: Crash.END,
-    Kind.POWER: Crash.SILENT,
-    Kind.GATEWAY: Crash.RESET,
-    Kind.GATEWAY_END: Crash.END,
-    Kind.GATEWAY_POWER: Crash.SILENT,
-}
+def _places(kind: Kind, roles: Mapping[str, Role], gateways: Sequence[str]) -> list[tuple[str, str]]:
+    """Where a fault of this kind can happen, as (where, other)."""
+    if kind in _ONLY_HANDOFFS:
+        return handoffs(roles)
+    if kind in _OF_GATEWAYS:
+        return [(gateway, "") for gateway in gateways]
+    if kind in _OF_ALL:
+        return [(host, "") for host in (*gateways, *roles)]
+    controls = [(worker, gateway) for worker in roles for gateway in gateways]
+    if kind is Kind.BREAK_LATER:
+        return controls + [(gateway, worker) for worker, gateway in controls]
+    if kind in _BETWEEN:
+        return controls + handoffs(roles) * 2
+    return [(worker, "") for worker in roles]

@@ -15,6 +15,7 @@ It runs on any event loop, so the same proof holds in real and in virtual time. 
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class _Row:
     seed: int
     prompt_logprobs: int | None
     tables: list[list[int]]
+    slots: list[NDArray[np.int64]]
+    """Per group, where each position of its table lies in the flattened blocks; negative for no block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,25 @@ class _InFlight:
     written: frozenset[int]
 
 
-class HashExecutor(Executor):
+class SimExecutor(Executor):
+    """An executor whose steps take time of the running loop's clock: what a simulated worker runs on."""
+
+    step_s: float
+    token_s: float
+    steps: int
+    """How many plans were submitted."""
+
+    @property
+    @abstractmethod
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+
+    @abstractmethod
+    def memory(self) -> memoryview:
+        """The bytes of all blocks, to be read and written: block i begins at i * block_bytes."""
+
+
+class HashExecutor(SimExecutor):
     """Runs plans of a `HashModel` over one array of blocks that all groups share.
 
     A step takes `step_s + token_s * tokens` seconds of the running loop's clock, one step after another;
@@ -87,7 +108,6 @@ class HashExecutor(Executor):
             0, 1 << 64, size=(num_blocks, block_size), dtype=np.uint64
         )
         self.steps = 0
-        """How many plans were submitted."""
         self._rows: dict[int, _Row] = {}
         self._in_flight: deque[_InFlight] = deque()
 
@@ -97,7 +117,6 @@ class HashExecutor(Executor):
         return self.block_size * self.values.itemsize
 
     def memory(self) -> memoryview:
-        """The bytes of all blocks, to be read and written: block i begins at i * block_bytes."""
         return self.values.reshape(-1).view(np.uint8).data
 
     @property
@@ -177,19 +196,29 @@ class HashExecutor(Executor):
             start.seed,
             start.prompt_logprobs,
             [list(table) for table in start.tables],
+            [self._slots(table) for table in start.tables],
         )
 
     def _append_blocks(self, row: ScheduledRow) -> None:
         if row.row not in self._rows:
             raise PlanError(f"row {row.row} runs and was never started")
-        for table, blocks in zip(self._rows[row.row].tables, row.new_blocks, strict=True):
+        state = self._rows[row.row]
+        for group, blocks in enumerate(row.new_blocks):
+            if not blocks:
+                continue
             for step in self._in_flight:
                 if early := step.blocks.intersection(blocks):
                     raise PlanError(
                         f"row {row.row} is given blocks {sorted(early)} while step {step.number} "
                         "still uses them"
                     )
-            table.extend(blocks)
+            state.tables[group].extend(blocks)
+            state.slots[group] = np.concatenate([state.slots[group], self._slots(blocks)])
+
+    def _slots(self, blocks: Sequence[int]) -> NDArray[np.int64]:
+        """Where the positions of these blocks lie in the flattened blocks: [len(blocks) * block_size]."""
+        first = np.asarray(blocks, dtype=np.int64) * self.block_size
+        return (first[:, None] + np.arange(self.block_size)).reshape(-1)
 
     # ---- one step ------------------------------------------------------------------------------------
 
@@ -233,30 +262,21 @@ class HashExecutor(Executor):
     ) -> list[int]:
         """Read a row's context through its table, write the values of its new positions, return them."""
         start, end = scheduled.start, scheduled.start + scheduled.count
-        seen = self._slots(scheduled, row, group, self.model.groups[group].first_visible(start), start)
-        new = self._slots(scheduled, row, group, start, end)
-        slots = self.values.reshape(-1)
-        context: list[int] = slots[seen].tolist()
-        values = self.model.chain(group, start, row.tokens[start:end], context)
-        slots[new] = values
-        read.update((seen // self.block_size).tolist())
-        written.update((new // self.block_size).tolist())
-        return values
-
-    def _slots(
-        self, scheduled: ScheduledRow, row: _Row, group: int, start: int, end: int
-    ) -> NDArray[np.int64]:
-        """Where positions start to end - 1 lie in the flattened blocks: [end - start]."""
-        size = self.block_size
-        first = start // size
-        blocks = row.tables[group][first : -(-end // size)]
-        if end > start and (len(blocks) < -(-end // size) - first or -1 in blocks):
+        size, table = self.block_size, row.tables[group]
+        first = self.model.groups[group].first_visible(start) // size
+        blocks = table[first : -(-end // size)]
+        if len(blocks) < -(-end // size) - first or -1 in blocks:
             raise PlanError(
-                f"row {scheduled.row} needs positions {start} to {end - 1} of group {group}, and its table "
-                f"is {row.tables[group]} (block_size {size})"
+                f"row {scheduled.row} needs positions {first * size} to {end - 1} of group {group}, and its "
+                f"table is {table} (block_size {size})"
             )
-        positions = np.arange(start, end)
-        return np.asarray(blocks, dtype=np.int64)[positions // size - first] * size + positions % size
+        slots, where = self.values.reshape(-1), row.slots[group]
+        context = slots[where[self.model.groups[group].first_visible(start) : start]]
+        values = self.model.chain(group, start, row.tokens[start:end], context)
+        slots[where[start:end]] = values
+        read.update(blocks)
+        written.update(table[start // size : -(-end // size)])
+        return values
 
 
 def hash_engine(
@@ -301,6 +321,7 @@ __all__ = [
     "HashExecutor",
     "HashModel",
     "PlanError",
+    "SimExecutor",
     "expected",
     "expected_tokens",
     "hash_engine",

@@ -11,10 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.engine.cache import GroupSpec
 from headrace.protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs, sample_seed
 
 _MASK = (1 << 64) - 1
+_ODD = np.arange(1, 1 << 16, 2, dtype=np.uint64)
+
+
+def _weights(first: int, end: int) -> NDArray[np.uint64]:
+    """The odd number 2 p + 1 for each position p from `first` up to `end`."""
+    return _ODD[first:end] if end <= len(_ODD) else np.arange(2 * first + 1, 2 * end, 2, dtype=np.uint64)
 
 
 def _mix(x: int) -> int:
@@ -33,7 +42,9 @@ class HashModel:
     eos_token_ids: frozenset[int] = frozenset()
     groups: tuple[GroupSpec, ...] = (GroupSpec(),)
 
-    def chain(self, group: int, start: int, tokens: Sequence[int], context: list[int]) -> list[int]:
+    def chain(
+        self, group: int, start: int, tokens: Sequence[int], context: Sequence[int] | NDArray[np.uint64]
+    ) -> list[int]:
         """Values of positions start, start + 1, … of `tokens`.
 
         `context` holds the values that position `start` sees before itself, oldest first, read from
@@ -42,16 +53,18 @@ class HashModel:
         """
         window = self.groups[group].window
         oldest = start - len(context)
-        seen = [*context]
-        digest = sum(value * (2 * q + 1) for q, value in enumerate(context, oldest)) & _MASK
+        before = np.asarray(context, dtype=np.uint64)
+        digest = int(np.dot(before, _weights(oldest, start)))  # modulo 2^64, as all below
+        values: list[int] = []
         for p, token in enumerate(tokens, start):
             value = _mix(_mix(digest ^ token) ^ (p << 16 | group))
-            seen.append(value)
+            values.append(value)
             digest += value * (2 * p + 1)
             if window is not None and (gone := p - window + 1) >= 0:
-                digest -= seen[gone - oldest] * (2 * gone + 1)
+                left = values[gone - start] if gone >= start else int(before[gone - oldest])
+                digest -= left * (2 * gone + 1)
             digest &= _MASK
-        return seen[len(context) :]
+        return values
 
     def draw(self, values: Sequence[int]) -> int:
         """64 bits of chance that depend on the values of one position in every group."""
@@ -97,24 +110,26 @@ def expected(request: GenerateRequest, index: int, model: HashModel, max_model_l
     params = request.sampling
     seed = sample_seed(params.seed, index)
     tokens = list(request.prompt)
-    values: list[list[int]] = [[] for _ in model.groups]
+    values = np.zeros((len(model.groups), max(max_model_len, len(tokens))), np.uint64)
+    start = 0
     while True:
         for number, (group, row) in enumerate(zip(model.groups, values, strict=True)):
-            start = len(row)
-            seen = row[group.first_visible(start) :]
-            row.extend(model.chain(number, start, tokens[start:], seen))
-        outputs = len(tokens) - len(request.prompt)
-        token = model.next_token([row[-1] for row in values], params, seed, outputs)
+            seen = row[group.first_visible(start) : start]
+            row[start : len(tokens)] = model.chain(number, start, tokens[start:], seen)
+        start = len(tokens)
+        outputs = start - len(request.prompt)
+        token = model.next_token(values[:, start - 1].tolist(), params, seed, outputs)
         tokens.append(token)
         if token in params.stop_token_ids or (token in model.eos_token_ids and not params.ignore_eos):
             break
         if outputs + 1 == params.max_tokens or len(tokens) >= max_model_len:
             break
+    rows = values[:, :start].tolist()
 
     def report(first: int, last: int, top: int | None) -> list[TokenLogprobs] | None:
         if top is None:
             return None
-        columns = list(zip(*values, strict=True))
+        columns = list(zip(*rows, strict=True))
         return [model.logprobs(columns[p - 1], tokens[p], top) for p in range(first, last)]
 
     length = len(request.prompt)
@@ -122,7 +137,7 @@ def expected(request: GenerateRequest, index: int, model: HashModel, max_model_l
         tokens[length:],
         report(length, len(tokens), params.logprobs),
         report(1, length, params.prompt_logprobs) if index == 0 else None,
-        values,
+        rows,
     )
 
 

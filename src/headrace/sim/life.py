@@ -10,22 +10,39 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from headrace.protocol.messages import Role
-from headrace.sim.cluster import EngineShape, SimCluster, Violation
-from headrace.sim.faults import Fault, Kind, draw, play
-from headrace.sim.load import Load, draw_request
+from headrace.sim.cluster import SimCluster, Violation
+from headrace.sim.faults import Fault, Kind, draw
+from headrace.sim.link import DATACENTRE, LinkProfile
+from headrace.sim.load import Load
+from headrace.sim.mishaps import Mishaps
 from headrace.sim.network import WINDOW_BYTES
+from headrace.sim.shape import EngineShape
 from headrace.sim.simulation import Simulation, run
 
-REQUESTS = 80
-FAULTS = 6
+REQUESTS = 40
+FAULTS = 10
+ACTING = 6
+STEPS = 2000
+"""A standard life has at least so many accepted requests, drawn faults, faults that met something, and steps
+of engines, each of which computes a batch of tokens on one worker."""
 LOAD_S = 6.0
+"""Within which all faults begin."""
+LONGEST_LOAD_S = 120.0
+"""Within which a life must have had what a standard one has."""
 LOOK_S = 0.1
 """Between two looks at all block pools."""
 RECOVERY_S = 30.0
 """Within which everybody is a member again when the last fault is over."""
+
+Computes = Literal["hash", "torch"]
+"""What engines run on: hashes, or torch with a tiny model."""
+
+SPARE_KINDS = (Kind.LATE, Kind.CLOCK_STEP, Kind.ENGINE, Kind.CANCEL)
+"""Faults that nearly always meet something."""
 
 _P, _D, _B = Role.PREFILL, Role.DECODE, Role.BOTH
 CLUSTERS: tuple[dict[str, Role], ...] = (
@@ -38,8 +55,14 @@ CLUSTERS: tuple[dict[str, Role], ...] = (
 )
 MAX_NUM_SEQS = (2, 3, 6)
 NUM_BLOCKS = (64, 80, 200)
+MAX_WAITING = (6, 12, 30)
 LEASES_S = (0.2, 5.0)
 WINDOWS_BYTES = (512, WINDOW_BYTES)
+DATA_LINKS = (DATACENTRE, LinkProfile(bytes_per_s=50_000), LinkProfile(bytes_per_s=5_000))
+"""Between workers; over the slowest a long prompt's blocks take as long as a short lease lasts."""
+CLOCK_RATE = 200e-6
+"""How far a host's clock may be from one second a second when nothing is wrong with it."""
+CLOCK_AHEAD_S = 1e5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +75,16 @@ class Plan:
     lease_s: float
     window_bytes: int
     """Of a connection: with few, a transfer reads and writes blocks for as long as its link is slow."""
+    data_link: LinkProfile
+    clocks: dict[str, tuple[float, float]]
+    """For each host, how many seconds its clock is ahead, and how many it counts in a second."""
     faults: tuple[Fault, ...]
+    steps: int = STEPS
+    """How long the load goes on at least."""
+    acting: int = 0
+    """How many faults must meet something."""
+    spare: tuple[Fault, ...] = ()
+    """Happen one after another when the others are over and too few of them have met something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +96,16 @@ class Report:
     endings: Counter[str]
     """Samples by how they ended; `left` are those whose client left."""
     faults: Counter[str]
+    """Those that were drawn, by kind."""
+    acted: Counter[str]
+    """Those that met something, by kind."""
+    requests: int
+    """Those that were accepted."""
     steps: int
+    """Of all engines, while clients came."""
     virtual_s: float
+    again: bool = False
+    """Whether it was lived twice, and was the same."""
 
 
 def plan(
@@ -74,69 +114,147 @@ def plan(
     kinds: Sequence[Kind] = tuple(Kind),
     clusters: Sequence[dict[str, Role]] = CLUSTERS,
     count: int = FAULTS,
+    executor: Computes = "hash",
 ) -> Plan:
     """The life of a seed, with `count` faults of these `kinds`, in one of `clusters`."""
     chance = random.Random(seed)
     roles = chance.choice(list(clusters))
     gateways = chance.choice([1, 1, 2])
-    shape = EngineShape(max_num_seqs=chance.choice(MAX_NUM_SEQS), num_blocks=chance.choice(NUM_BLOCKS))
+    shape = _shape_type(executor)(
+        max_num_seqs=chance.choice(MAX_NUM_SEQS),
+        num_blocks=chance.choice(NUM_BLOCKS),
+        max_waiting=chance.choice(MAX_WAITING),
+    )
     lease_s, window_bytes = chance.choice(LEASES_S), chance.choice(WINDOWS_BYTES)
+    data_link = chance.choice(DATA_LINKS)
     names = SimCluster.gateway_names(gateways)
-    faults = draw(chance, list(roles), count, LOAD_S, gateways=names, kinds=kinds) if kinds else []
-    return Plan(roles, gateways, shape, lease_s, window_bytes, tuple(faults))
+    clocks = {
+        host: (chance.uniform(0, CLOCK_AHEAD_S), 1 + chance.uniform(-CLOCK_RATE, CLOCK_RATE))
+        for host in (*names, *roles)
+    }
+    faults = tuple(draw(chance, roles, count, LOAD_S, gateways=names, kinds=kinds))
+    acting = ACTING if count >= FAULTS and set(kinds) == set(Kind) else 0
+    spare = tuple(draw(chance, roles, 2 * acting, 0.0, gateways=names, kinds=SPARE_KINDS))
+    return Plan(
+        roles,
+        gateways,
+        shape,
+        lease_s,
+        window_bytes,
+        data_link,
+        clocks,
+        faults,
+        acting=acting,
+        spare=spare,
+    )
+
+
+def _shape_type(executor: Computes) -> type[EngineShape]:
+    if executor == "torch":
+        from headrace.sim.torch_shape import TorchShape  # which loads torch
+
+        return TorchShape
+    return EngineShape
+
+
+@dataclass(slots=True)
+class _Lived:
+    """What is known of a life while it is lived."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    acted: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    steps: int = 0
 
 
 def live(seed: int, what: Plan | None = None) -> Report:
     """Live the life of a seed. Raises what breaks: Violation, or an error that nobody foresaw."""
-    lived = what if what is not None else plan(seed)
-    endings: Counter[str] = Counter()
-    steps = 0
-
-    async def main(simulation: Simulation) -> None:
-        nonlocal endings, steps
-        cluster = SimCluster(
-            simulation, lived.roles, shape=lived.shape, lease_s=lived.lease_s, gateways=lived.gateways
-        )
-        orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in lived.faults)
-        load = Load(cluster, LOAD_S, orderly=orderly)
-        await cluster.start()
-        watching = asyncio.create_task(_watch(cluster), name="watch")
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(play(cluster, lived.faults))
-                for number in range(REQUESTS):
-                    group.create_task(load.client(random.Random(f"{seed} {number}"), number))
-            simulation.network.disarm()
-            await cluster.complete(RECOVERY_S)
-            await cluster.settle()
-            for number, gateway in enumerate(cluster.live_gateways().values(), REQUESTS):
-                before = load.endings["stop"] + load.endings["length"]
-                request = draw_request(random.Random(f"{seed} {number}"), number)
-                await load.ask(gateway, request)
-                if load.endings["stop"] + load.endings["length"] != before + request.sampling.n:
-                    raise Violation(f"after all faults {request.request_id} did not come to its end")
-            await cluster.settle()
-        finally:
-            endings = load.endings
-            steps = cluster.steps
-            watching.cancel()
-            await asyncio.wait({watching})
-            await cluster.stop()
-        if not watching.cancelled():
-            watching.result()  # raises what it saw
-
+    planned = what if what is not None else plan(seed)
+    lived = _Lived()
     try:
         outcome = run(
-            main,
+            lambda simulation: _live(simulation, seed, planned, lived),
             seed=seed,
-            window_bytes=lived.window_bytes,
-            max_virtual_s=200.0,
+            window_bytes=planned.window_bytes,
+            max_virtual_s=400.0,
             max_callbacks=5_000_000,
         )
     except BaseExceptionGroup as group:
         raise first_of(group) from group
-    kinds = Counter(str(fault.kind) for fault in lived.faults)
-    return Report(seed, outcome.trace_hash, endings, kinds, steps, outcome.virtual_s)
+    drawn = Counter(str(fault.kind) for fault in planned.faults)
+    return Report(
+        seed,
+        outcome.trace_hash,
+        lived.endings,
+        drawn,
+        lived.acted,
+        lived.requests,
+        lived.steps,
+        outcome.virtual_s,
+    )
+
+
+async def _live(simulation: Simulation, seed: int, planned: Plan, lived: _Lived) -> None:
+    cluster = SimCluster(
+        simulation,
+        planned.roles,
+        shape=planned.shape,
+        lease_s=planned.lease_s,
+        gateways=planned.gateways,
+        data_link=planned.data_link,
+    )
+    cluster.set_clocks(planned.clocks)
+    orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in planned.faults)
+    load = Load(cluster, seed, orderly=orderly)
+    mishaps = Mishaps(cluster, load)
+    lived.endings, lived.acted = load.endings, mishaps.acted
+    await cluster.start()
+    watching = asyncio.create_task(_watch(cluster), name="watch")
+    try:
+        await _load(cluster, planned, load, mishaps)
+        lived.requests, lived.steps = load.accepted, cluster.steps
+        simulation.network.disarm()
+        await cluster.complete(RECOVERY_S)
+        await cluster.settle()
+        for gateway in cluster.live_gateways().values():
+            before = load.endings["stop"] + load.endings["length"]
+            request, _ = load.next_request()
+            await load.ask(gateway, request)
+            if load.endings["stop"] + load.endings["length"] != before + request.sampling.n:
+                raise Violation(f"after all faults {request.request_id} did not come to its end")
+        await cluster.settle()
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})
+        await cluster.stop()
+    if not watching.cancelled():
+        watching.result()  # raises what it saw
+
+
+async def _load(cluster: SimCluster, planned: Plan, load: Load, mishaps: Mishaps) -> None:
+    """Let clients come until all faults are over and all has happened that makes a life a standard one."""
+    loop = cluster.simulation.loop
+    latest_s = loop.now + LONGEST_LOAD_S
+    async with asyncio.TaskGroup() as group:
+        playing = group.create_task(_play(planned, mishaps))
+
+        def missing() -> str:
+            acted = mishaps.acted.total()
+            if load.accepted < REQUESTS or cluster.steps < planned.steps or acted < planned.acting:
+                return f"{load.accepted} requests, {cluster.steps} steps and {acted} faults that acted"
+            return ""
+
+        await load.run(lambda: loop.now > latest_s or (playing.done() and not missing()))
+    if found := missing():
+        raise Violation(f"within {LONGEST_LOAD_S:g} s of load there were only {found}")
+
+
+async def _play(planned: Plan, mishaps: Mishaps) -> None:
+    await mishaps.play(planned.faults)
+    for fault in planned.spare:
+        if mishaps.acted.total() >= planned.acting:
+            return
+        await mishaps.make(fault)
 
 
 async def _watch(cluster: SimCluster) -> None:

@@ -1,17 +1,21 @@
 """The clients of a simulated cluster: requests of every kind, impatience, and a check of all that comes back.
 
-In: a cluster, and a random stream for each client. Out: how its request ended. Anything else than what the
-request produces when nothing disturbs it is a `Violation`: a wrong token, a second ending, another's cache.
+In: a cluster, and a seed from which each client has its random stream. Out: how its request ended. Anything
+else than what it produces when nothing disturbs it is a `Violation`: a wrong token, a second ending, the
+cache of another tenant.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from headrace.cluster import Gateway
 from headrace.cluster.journey import Journey
@@ -28,6 +32,12 @@ from headrace.protocol.requests import (
 from headrace.sim.cluster import SimCluster, Violation
 
 TENANTS = ("", "", "blue", "green")
+MEAN_GAP_S = 0.02
+"""Between the arrivals of two clients, while few of them wait."""
+OPEN_PER_WORKER = 3.0
+"""Requests that are open at most for each worker that decodes, but for floods."""
+LATEST_CANCEL = 3000
+"""A client that gives up soon does so within so many callbacks: between any two of them."""
 CROSSING_S = 0.01
 """How long an order may take to a worker that says goodbye meanwhile."""
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
@@ -84,26 +94,74 @@ class _Answer:
 
 
 class Load:
-    """All clients of one run; `endings` counts how their samples ended."""
+    """All clients of one life."""
 
-    def __init__(self, cluster: SimCluster, within_s: float, *, orderly: bool = False) -> None:
+    def __init__(self, cluster: SimCluster, seed: int, *, orderly: bool = False) -> None:
         """`orderly`: workers come and go only by being drained, and links are quick."""
         self._cluster = cluster
+        self._seed = seed
         self._orderly = orderly
-        self._within_s = within_s
+        self._numbers = 0
+        self._open = 0
+        self._overloads = 0
+        self._group: asyncio.TaskGroup | None = None
         self._asked: list[GenerateRequest] = []
         self.endings: Counter[str] = Counter()
+        """How samples ended; `left` are those whose client left, `refused` whole requests."""
 
-    async def client(self, generator: random.Random, number: int) -> None:
-        """Ask at a random time, perhaps lose patience, and see that all that came is right."""
-        await asyncio.sleep(generator.uniform(0, self._within_s))
-        request = draw_request(generator, number)
-        patience = generator.choice([None, None, None, 0, generator.randrange(1, 60)])
-        gateway = self._cluster.gateways[generator.choice(list(self._cluster.gateways))].gateway
+    @property
+    def accepted(self) -> int:
+        """Requests that were accepted so far."""
+        return len(self._asked)
+
+    async def run(self, enough: Callable[[], bool]) -> None:
+        """Let clients come until there are `enough`, and see all of them off."""
+        chance = random.Random(f"{self._seed} arrivals")
+        decoders = sum(worker.role.decodes for worker in self._cluster.workers.values())
+        async with asyncio.TaskGroup() as self._group:
+            while not enough():
+                if self._open < OPEN_PER_WORKER * decoders:
+                    self._group.create_task(self._client())
+                await asyncio.sleep(chance.expovariate(1 / MEAN_GAP_S))
+        self._group = None
+
+    def next_request(self) -> tuple[GenerateRequest, random.Random]:
+        """Another request, and the chances of who asks it."""
+        number, self._numbers = self._numbers, self._numbers + 1
+        chance = random.Random(f"{self._seed} {number}")
+        return draw_request(chance, number), chance
+
+    def flood(self, gateway: str, count: int) -> int:
+        """Let so many clients come at once with short requests; returns how many were refused."""
+        before = self._overloads
+        asked = self._cluster.gateways[gateway].gateway
+        for _ in range(count if asked is not None else 0):
+            request, _ = self.next_request()
+            short = msgspec.structs.replace(request.sampling, max_tokens=1, n=1)
+            self._ask_beside(asked, msgspec.structs.replace(request, sampling=short))
+        return self._overloads - before
+
+    def _ask_beside(self, gateway: Gateway | None, request: GenerateRequest) -> None:
+        if gateway is None or self._group is None:
+            return
+        with self._cluster.on(gateway):
+            stream = self._submit(gateway, request)
+            if stream is not None:
+                self._group.create_task(self._follow(gateway, request, stream, None, None))
+
+    async def _client(self) -> None:
+        """Ask, perhaps lose patience, and see that all that came is right."""
+        request, chance = self.next_request()
+        patience = chance.choice([None, None, None, 0, chance.randrange(1, 60)])
+        gateway = self._cluster.gateways[chance.choice(list(self._cluster.gateways))].gateway
         if gateway is None:
             self.endings["refused"] += 1
             return
-        await self.ask(gateway, request, patience, generator)
+        self._open += 1
+        try:
+            await self.ask(gateway, request, patience, chance)
+        finally:
+            self._open -= 1
 
     async def ask(
         self,
@@ -113,19 +171,35 @@ class Load:
         chance: random.Random | None = None,
     ) -> None:
         """One request, from asking to its end; after `patience` tokens (0: soon) its client has enough."""
+        with self._cluster.on(gateway):
+            stream = self._submit(gateway, request)
+            if stream is not None:
+                await self._follow(gateway, request, stream, patience, chance)
+
+    def _submit(self, gateway: Gateway, request: GenerateRequest) -> OutputStream | None:
         try:
             stream = gateway.submit(request)
         except RequestRefused as refused:
             if refused.error.code not in (ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED):
                 raise Violation(f"{request.request_id} was refused with {refused.error}") from refused
             self.endings["refused"] += 1
-            return
-        others = list(self._asked)
+            self._overloads += refused.error.code is ErrorCode.OVERLOADED
+            return None
         self._asked.append(request)
+        return stream
+
+    async def _follow(
+        self,
+        gateway: Gateway,
+        request: GenerateRequest,
+        stream: OutputStream,
+        patience: int | None,
+        chance: random.Random | None,
+    ) -> None:
         answer = _Answer(request)
         if patience == 0 and chance is not None:
-            await asyncio.sleep(chance.choice([0, 0.001, 0.01, 0.05]))
-            stream.cancel(request.request_id)
+            callbacks = int(math.exp(chance.uniform(0, math.log(LATEST_CANCEL))))
+            self._cluster.simulation.loop.call_after(callbacks, stream.cancel, request.request_id)
             patience = None
         async for outputs in stream:
             for output in outputs:
@@ -140,22 +214,28 @@ class Load:
         if self._orderly:
             _check_drained(gateway.journeys.of(request.request_id)[0])
         # Who asked meanwhile may have put its prompt into the cache as well.
-        self._check_tenant(answer, gateway, [*others, *self._asked[len(others) + 1 :]])
+        self._check_tenant(answer, gateway, [other for other in self._asked if other is not request])
         for error in answer.errors:
             self._excuse(error, request, gateway)
         for index in range(request.sampling.n):
             self.endings[answer.endings.get(index, "left")] += 1
 
     def _excuse(self, error: RequestError, request: GenerateRequest, gateway: Gateway) -> None:
-        """An error must come of two deaths, of waiting in vain, of a lone worker's or a gateway's death."""
+        """An error must come of two deaths, of waiting in vain, of a lone worker's or a gateway's death, or
+        of queues that another gateway has filled.
+        """
         (journey,) = gateway.journeys.of(request.request_id)
-        replayed = any(entry.what == "replayed" for entry in journey.entries)
+        replayed = any(entry.what in ("replayed", "prefill worker lost") for entry in journey.entries)
         decoders = sum(worker.role.decodes for worker in self._cluster.workers.values())
         former = [dead for one in self._cluster.gateways.values() for dead in one.former]
-        # A gateway that began anew expects only those workers back that it has met.
-        alone = decoders == 1 or bool(former)
+        # A gateway that began anew expects only those workers back that it has met, and one whose clock has
+        # jumped believes that it has waited long for them.
+        alone = decoders == 1 or bool(former or self._cluster.stepped & set(self._cluster.gateways))
+        # Of the queue of a worker each gateway knows what it has put there itself.
+        crowded = len(self._cluster.gateways) > 1
         if not (
             gateway in former
+            or (crowded and "attempts at the request failed" in error.message and "limit is" in error.message)
             or (replayed and "workers were lost under the request" in error.message)
             or (replayed and "no other worker was free within" in error.message)
             or (alone and "the engine was lost under the request" in error.message)
@@ -189,7 +269,7 @@ class Load:
             return
         most = max(
             (
-                _common(request.prompt, [*other.prompt, *self._cluster.expected(other, index).tokens])
+                self._common(request.prompt, other, index)
                 for other in others
                 if other.cache_salt == request.cache_salt
                 for index in range(other.sampling.n)
@@ -201,6 +281,13 @@ class Load:
                 f"{request.request_id} found {answer.cached} tokens of its prompt cached, and its tenant "
                 f"{request.cache_salt!r} had no more than {most} of them computed"
             )
+
+    def _common(self, prompt: Sequence[int], other: GenerateRequest, index: int) -> int:
+        """How much of a prompt a sample of another request has in common with it."""
+        common = _common(prompt, other.prompt)
+        if common < len(other.prompt):
+            return common
+        return common + _common(prompt[common:], self._cluster.expected(other, index).tokens)
 
 
 def _check_drained(journey: Journey) -> None:

@@ -8,6 +8,9 @@ Order: ready callbacks run first in, first out, in batches as asyncio's own loop
 and at the same time in the order they were set. Tasks and futures hash by their number, so that
 asyncio's own sets of them (`asyncio.wait`, `TaskGroup`, `all_tasks`) are walked in one order too. What hashes
 by its address stays out of reach, such as bare coroutines in `asyncio.as_completed` (give it tasks).
+
+`time`, `call_at` and `call_later` go by the clock that is read where they are called (`sim/clock.py`); `now`
+and `call_true` by the run's own time, for what simulates the world between hosts.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any, NoReturn, TypeVarTuple, Unpack
 
 import msgspec
 
+from headrace.sim.clock import CURRENT, HostClock
 from headrace.world import TraceValue
 
 _Ts = TypeVarTuple("_Ts")
@@ -71,8 +75,10 @@ class _Future(asyncio.Future[Any]):
 
 
 class _Timer(asyncio.TimerHandle):
-    __slots__ = ("in_heap",)
+    __slots__ = ("clock", "in_heap")
     in_heap: bool
+    clock: HostClock | None
+    """What it goes by; None: the true time."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -94,6 +100,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._generators = weakref.WeakValueDictionary()
         self._cancelled_timers = 0
         self._callbacks = 0
+        self._between: list[tuple[int, int, asyncio.Handle]] = []
         self.limit()
         self._digest = hashlib.blake2b(digest_size=16)
         self._encode = msgspec.msgpack.Encoder().encode
@@ -106,9 +113,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # The clock and the order of things.
 
-    def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+    @property
+    def now(self) -> float:
+        """True virtual seconds since the loop was made."""
         return self._now
+
+    def time(self) -> float:
+        """What the clock says that is read here: true time, if none is."""
+        clock = CURRENT.get()
+        return self._now if clock is None else clock.read(self._now)
 
     @property
     def callbacks(self) -> int:
@@ -122,14 +135,55 @@ class VirtualLoop(asyncio.BaseEventLoop):
         *args: *_Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
+        clock = CURRENT.get() if context is None else context.get(CURRENT)
+        return self._set_timer(when, clock, callback, args, context)
+
+    def call_true(
+        self,
+        when: float,
+        callback: Callable[[Unpack[_Ts]], object],
+        *args: *_Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Run `callback` at a true time, whatever the clock says that is read here or in `context`."""
+        return self._set_timer(when, None, callback, args, context)
+
+    def _set_timer(
+        self,
+        when: float,
+        clock: HostClock | None,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context | None,
+    ) -> asyncio.TimerHandle:
         if self.is_closed():
             raise RuntimeError("call_at on a closed loop")
         if math.isnan(when):
             raise ValueError("call_at: the time is not a number")
         timer = _Timer(when, callback, args, self, context)
-        timer.in_heap = True
-        heapq.heappush(self._scheduled, (when, next(self._serials), timer))
+        timer.in_heap, timer.clock = True, clock
+        due = when if clock is None else clock.due(when)
+        heapq.heappush(self._scheduled, (due, next(self._serials), timer))
         return timer
+
+    def set_clock(self, clock: HostClock, *, ahead_s: float = 0.0, rate: float = 1.0) -> None:
+        """Put a clock wrong from now on; timers that go by it come when it says so.
+
+        Raises ValueError as `HostClock.set` does.
+        """
+        clock.set(self._now, ahead_s=ahead_s, rate=rate)
+        self._scheduled = [
+            (clock.due(timer.when()) if timer.clock is clock else due, serial, timer)
+            for due, serial, timer in self._scheduled
+        ]
+        heapq.heapify(self._scheduled)
+
+    def call_after(self, callbacks: int, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts) -> None:
+        """Run `callback` when so many more callbacks have run: between any two at which something waits."""
+        if callbacks < 1:
+            raise ValueError(f"call_after {callbacks} callbacks: 1 is the next one")
+        handle = asyncio.Handle(callback, args, self)
+        heapq.heappush(self._between, (self._callbacks + callbacks, next(self._serials), handle))
 
     def _timer_handle_cancelled(self, handle: _Timer) -> None:
         if handle.in_heap:
@@ -157,6 +211,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if self._callbacks % CALLBACKS_PER_COLLECTION == 0:
                 gc.collect()
             handle._run()
+            while self._between and self._between[0][0] <= self._callbacks:
+                heapq.heappop(self._between)[2]._run()
 
     def _jump(self) -> None:
         when = self._scheduled[0][0] if self._scheduled else math.inf

@@ -23,10 +23,12 @@ import asyncio
 import enum
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from headrace.sim.clock import HostClock
 from headrace.sim.connection import SimConnection
-from headrace.sim.link import DATACENTRE, LOOPBACK, Link, LinkProfile, Machine
+from headrace.sim.link import DATACENTRE, LOOPBACK, Armed, Link, LinkProfile, Machine
 from headrace.sim.loop import VirtualLoop
 from headrace.sim.transport import SimTransport, WireLimits, break_connection, connect_ends
 from headrace.world import ConnectFailed, Connection, Handler, Listener, Network, RandomStreams, TraceValue
@@ -105,6 +107,12 @@ class SimNetwork:
             raise RuntimeError(f"host {name} has crashed: call restart_host first")
         return _HostNetwork(self, host)
 
+    def clock(self, name: str) -> HostClock:
+        """What the programs on a host take for the time; the host is made if it is new."""
+        if name not in self._hosts:
+            self.host(name)
+        return self._known(name).machine.clock
+
     # Faults and the shape of the network.
 
     def set_link(self, source: str, target: str, profile: LinkProfile) -> None:
@@ -126,36 +134,51 @@ class SimNetwork:
                 link.blocked = False
                 link.release()
 
-    def break_connections(self, a: str, b: str, *, after_bytes: int | None = None) -> None:
+    def break_connections(
+        self,
+        a: str,
+        b: str,
+        *,
+        after_bytes: int | None = None,
+        acted: Callable[[], None] = lambda: None,
+    ) -> None:
         """Break every connection between `a` and `b` now.
 
         With `after_bytes`, only the one that carries that byte, counted from now over all that `a` sends to
-        `b`: exactly so many bytes arrive, then both its sides lose it.
+        `b`: exactly so many bytes arrive, then both its sides lose it. `acted` is called where one breaks.
         """
         self._note("break", a, b, after_bytes)
         if after_bytes is not None:
             if after_bytes < 0:
                 raise ValueError(f"break_connections: after_bytes is {after_bytes}, and cannot be negative")
-            self._link(a, b).bytes_until_break = after_bytes
+            self._link(a, b).breaks = Armed(after_bytes, acted)
             return
-        for end in list(self._ends):
-            if {end.here, end.peer.here} == {a, b}:
-                break_connection(end)
+        ends = [end for end in self._ends if {end.here, end.peer.here} == {a, b}]
+        for end in ends:
+            break_connection(end)
+        if ends:
+            acted()
 
-    def corrupt(self, a: str, b: str, *, after_bytes: int) -> None:
+    def corrupt(self, a: str, b: str, *, after_bytes: int, acted: Callable[[], None] = lambda: None) -> None:
         """Invert the byte that follows `after_bytes` others, counted from now over all that `a` sends to `b`.
 
-        Nobody is told. A byte that never arrives is not made up for by another.
+        None of the programs is told; `acted` is called when it happens. A byte that never arrives is not made
+        up for by another.
         """
         if after_bytes < 0:
             raise ValueError(f"corrupt: after_bytes is {after_bytes}, and cannot be negative")
         self._note("corrupt", a, b, after_bytes)
-        self._link(a, b).bytes_until_corruption = after_bytes
+        self._link(a, b).corrupts = Armed(after_bytes, acted)
 
     def disarm(self) -> None:
         """Take back what `break_connections` and `corrupt` have set for bytes that were not sent yet."""
         for link in self._links.values():
-            link.bytes_until_break = link.bytes_until_corruption = None
+            link.breaks = link.corrupts = None
+
+    def packets(self, a: str, b: str) -> tuple[int, int]:
+        """How many have left `a` for `b` or the other way round so far, and how many of them were stopped."""
+        links = self._link(a, b), self._link(b, a)
+        return sum(link.sent for link in links), sum(link.stopped for link in links)
 
     def crash_host(self, name: str, how: Crash = Crash.RESET) -> None:
         """Everything on the host is dead at once: its listeners, its connections, its view of the network."""

@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from headrace.protocol.messages import Role
+from headrace.sim.cluster import Violation
 from headrace.sim.faults import Fault, Kind
-from headrace.sim.life import CLUSTERS, FAULTS, Plan, Report, live, plan
+from headrace.sim.life import CLUSTERS, FAULTS, Computes, Plan, Report, live, plan
+
+AGAIN_EVERY = 10
+"""Of so many seeds one is lived twice, to see that its life is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,31 @@ class Scope:
     count: int = FAULTS
     keep: tuple[int, ...] | None = None
     """Of the drawn faults, only those with these numbers happen; None: all."""
+    executor: Computes = "hash"
+    again_every: int = AGAIN_EVERY
+    """Lives of seeds that are multiples of this are lived twice, and must be the same; 0: none are."""
 
     def plan(self, seed: int) -> Plan:
         clusters: Sequence[dict[str, Role]] = CLUSTERS if self.roles is None else [dict(self.roles)]
-        drawn = plan(seed, kinds=self.kinds, clusters=clusters, count=self.count)
+        drawn = plan(seed, kinds=self.kinds, clusters=clusters, count=self.count, executor=self.executor)
         return drawn if self.keep is None else with_faults(drawn, self.keep)
+
+    def live(self, seed: int, planned: Plan) -> Report:
+        """Live a life, and perhaps once more. Raises what breaks, Diverged among it."""
+        report = live(seed, planned)
+        if self.again_every and seed % self.again_every == 0:
+            again = live(seed, planned)
+            if again.trace_hash != report.trace_hash:
+                raise Diverged(
+                    f"lived again, the life of seed {seed} was another one: its trace hash was "
+                    f"{report.trace_hash} and then {again.trace_hash}"
+                )
+            report = replace(report, again=True)
+        return report
+
+
+class Diverged(Violation):
+    """Two lives of one seed were not the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +77,15 @@ class Verdict:
     failures: list[Failure] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    """Those that were drawn, by kind."""
+    acted: Counter[str] = field(default_factory=Counter)
+    """Those that met something, by kind."""
+    requests: int = 0
     steps: int = 0
+    least: Report | None = None
+    """The life with the fewest steps."""
+    again: int = 0
+    """Lives that were lived twice, and were the same."""
     virtual_s: float = 0.0
 
     def add(self, found: Report | Failure) -> None:
@@ -63,7 +95,12 @@ class Verdict:
             return
         self.endings += found.endings
         self.faults += found.faults
+        self.acted += found.acted
+        self.requests += found.requests
         self.steps += found.steps
+        self.again += found.again
+        if self.least is None or found.steps < self.least.steps:
+            self.least = found
         self.virtual_s += found.virtual_s
 
 
@@ -94,11 +131,11 @@ def try_life(work: tuple[int, Scope]) -> Report | Failure:
     seed, scope = work
     lived = scope.plan(seed)
     try:
-        return live(seed, lived)
+        return scope.live(seed, lived)
     except Exception as error:  # whatever it is, a life that does not come to its end has failed
         numbers = scope.keep if scope.keep is not None else tuple(range(len(lived.faults)))
         whole = replace(scope, keep=None).plan(seed)
-        least = shrink(numbers, lambda kept: _fails(seed, with_faults(whole, kept)))
+        least = shrink(numbers, lambda kept: _fails(scope, seed, with_faults(whole, kept)))
         faults = with_faults(whole, least).faults
         return Failure(seed, f"{type(error).__name__}: {error}", least, faults)
 
@@ -122,12 +159,16 @@ def shrink(numbers: Sequence[int], fails: Callable[[tuple[int, ...]], bool]) -> 
 
 def with_faults(whole: Plan, numbers: Iterable[int]) -> Plan:
     """The life with only these of its faults, counted from 0 in order of time."""
-    return replace(whole, faults=tuple(whole.faults[number] for number in numbers))
+    faults = tuple(whole.faults[number] for number in numbers)
+    if len(faults) == len(whole.faults):
+        return whole
+    # Fewer faults can meet fewer things; that a life lacks something of a standard one is no failure then.
+    return replace(whole, faults=faults, acting=0, spare=())
 
 
-def _fails(seed: int, lived: Plan) -> bool:
+def _fails(scope: Scope, seed: int, lived: Plan) -> bool:
     try:
-        live(seed, lived)
+        scope.live(seed, lived)
     except Exception:  # as in `try_life`
         return True
     return False

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -43,7 +44,10 @@ class Simulation:
     _started: Counter[str] = field(default_factory=Counter)
 
     def world(self, host: str) -> World:
-        """The world of a program that starts on `host` now; no two programs draw the same numbers."""
+        """The world of a program that starts on `host` now; no two programs draw the same numbers.
+
+        Start it `on` that host where clocks are to differ.
+        """
         self._started[host] += 1
         return World(
             network=self.network.host(host),
@@ -51,6 +55,10 @@ class Simulation:
             trace=self.loop.trace,
             open_memory=self._open_memory,
         )
+
+    def on(self, host: str) -> AbstractContextManager[None]:
+        """Within the block, what runs reads the clock of `host`, as its programs must from their start."""
+        return self.network.clock(host).here()
 
     def _open_memory(self, path: str, size: int) -> Memory:
         memory = self.memories.get(path)

@@ -23,12 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.sim.link import Link
+from headrace.sim.link import SEGMENT_BYTES, Link
 from headrace.sim.loop import VirtualLoop
 
-SEGMENT_BYTES = 64 * 1024
 CUT_PROBABILITY = 0.1
 """How often a segment ends at a random place instead of where the data or the window ends."""
+
+QUIET_WITHIN_S = 0.03
+"""A call that moves bytes of memory, on a thread of its own, looks so often whether it is to stop."""
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Pipe:
         """Send as much of the buffer as the window takes, then the end of the stream if it was asked for."""
         room = self._limits.window_bytes - (self._sent - self._known_read)
         while self.buffer and room > 0:
-            size = min(len(self.buffer), room, SEGMENT_BYTES)
+            size = min(len(self.buffer), room, self.link.profile.segment_bytes)
             if self.link.chance.random() < CUT_PROBABILITY:
                 size = self.link.chance.randint(1, size)
             self.transmit(Segment(bytes(self.buffer[:size])))
@@ -100,7 +102,7 @@ class Pipe:
         left = self.link.send(len(segment.data), lambda: self._arrive(segment))
         self._unacknowledged.append((self._sent, left))
         if self._give_up_timer is None:
-            self._give_up_timer = self._loop.call_at(self._give_up_at(), self._check_progress)
+            self._give_up_timer = self._loop.call_true(self._give_up_at(), self._check_progress)
 
     def _acknowledge(self, received: int, read: int) -> None:
         while self._unacknowledged and self._unacknowledged[0][0] <= received:
@@ -116,8 +118,8 @@ class Pipe:
 
     def _check_progress(self) -> None:
         self._give_up_timer = None
-        if self._loop.time() < self._give_up_at():
-            self._give_up_timer = self._loop.call_at(self._give_up_at(), self._check_progress)
+        if self._loop.now < self._give_up_at():
+            self._give_up_timer = self._loop.call_true(self._give_up_at(), self._check_progress)
             return
         limit = self._limits.retransmission_timeout_s
         self.sender.fail(f"nothing sent was acknowledged for {limit:g} s")
@@ -147,30 +149,32 @@ class Pipe:
                     self.receiver.send_reset()
                 continue
             self._corrupt(first)
-            allowed = self.link.bytes_until_break
-            if allowed is not None and first.data:
-                if len(first.data) >= allowed:
-                    self.link.bytes_until_break = None
-                    self.unread.append(Segment(first.data[:allowed]))
+            breaks = self.link.breaks
+            if breaks is not None and first.data:
+                if len(first.data) >= breaks.after_bytes:
+                    self.link.breaks = None
+                    self.unread.append(Segment(first.data[: breaks.after_bytes]))
                     self.receiver.deliver()
                     break_connection(self.receiver)
+                    breaks.acted()
                     return
-                self.link.bytes_until_break = allowed - len(first.data)
+                breaks.after_bytes -= len(first.data)
             self.unread.append(first)
         self.receiver.deliver()
         self.report()
 
     def _corrupt(self, segment: Segment) -> None:
-        before = self.link.bytes_until_corruption
-        if before is None or not segment.data:
+        corrupts = self.link.corrupts
+        if corrupts is None or not segment.data:
             return
-        if before < len(segment.data):
+        if corrupts.after_bytes < len(segment.data):
             data = bytearray(segment.data)
-            data[before] ^= 0xFF
+            data[corrupts.after_bytes] ^= 0xFF
             segment.data = bytes(data)
-            self.link.bytes_until_corruption = None
+            self.link.corrupts = None
+            corrupts.acted()
         else:
-            self.link.bytes_until_corruption = before - len(segment.data)
+            corrupts.after_bytes -= len(segment.data)
 
     def next_unread(self) -> Segment:
         """Take the oldest unread segment; its room in the window is free once `report` has arrived."""
@@ -238,7 +242,8 @@ class SimTransport(asyncio.Transport):
     # asyncio.Transport, as `TransportConnection` uses it.
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        """`quiet_after_s`: how long a move of memory may go on here after it was told to stop, drawn anew."""
+        return self._sending.link.chance.uniform(0, QUIET_WITHIN_S) if name == "quiet_after_s" else default
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high = high if high is not None else SEGMENT_BYTES
@@ -358,7 +363,8 @@ class SimTransport(asyncio.Transport):
         if not self.ended_orderly:
             self._sending.stop()
         if self._protocol is not None:
-            self._loop.call_soon(self._protocol.connection_lost, exc)
+            context = self._sending.link.source.clock.context
+            self._loop.call_soon(self._protocol.connection_lost, exc, context=context)
         self._on_closed(self)
 
 
