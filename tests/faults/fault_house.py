@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import uvloop
-from fault_engine import Shape
+from fault_engine import SHAPE
 
 from headrace.api.workers import WORKER_COMMAND
 from headrace.cluster import GatewayObserver, LocalCluster
@@ -55,7 +55,7 @@ class FaultHouse:
     """One cluster, from `start` to `stop`."""
 
     def __init__(self) -> None:
-        self.shape = Shape()
+        self.shape = SHAPE
         self.tally = Tally()
         self.lines: list[str] = []
         self.local = LocalCluster(
