@@ -83,6 +83,8 @@ async def fetch(
         connection = await world.network.connect(ticket.address, timeout_s=CONNECT_TIMEOUT_S, plain=True)
     except ConnectFailed as error:
         raise TransferFailed(Cause.UNREACHABLE, f"the source cannot be reached ({error.reason})") from error
+    except ValueError as error:  # what a ticket says comes from elsewhere
+        raise TransferFailed(Cause.UNREACHABLE, f"the source cannot be reached ({error})") from error
     try:
         return await _pull(world, pool, reserved, ticket, connection, began, patience or Patience())
     except ConnectionLost as loss:

@@ -47,11 +47,14 @@ class Imports:
         *,
         to_engine: Callable[[Continue | Release], None],
         settled: Callable[[ImportSettled], None],
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """`report` gets lines for people."""
         self._world = world
         self._pool = pool
         self._to_engine = to_engine
         self._tell_settled = settled
+        self._report = report
         self._open: dict[str, _Import] = {}
 
     def __len__(self) -> int:
@@ -112,6 +115,9 @@ class Imports:
         except asyncio.CancelledError:
             if self._open.get(request_id) is not one:
                 raise  # closed
+        except Exception as error:  # a defect here, or a ticket that nobody foresaw: the prompt is computed
+            cause, reason = Cause.LOST, f"the pull failed with {type(error).__name__}: {error}"
+            self._report(f"KV blocks from {ticket.worker_id} at {ticket.address}: {reason}")
         one.pull = None
         self._world.trace("import", request_id, "imported" if fetched else reason)
         if fetched is None:

@@ -234,7 +234,9 @@ class EngineLife:
                 lease_s=options.lease_s,
             )
             await relay.exports.listen(options.data_address)
-            relay.imports = Imports(world, pool, to_engine=self._tell, settled=relay.import_settled)
+            relay.imports = Imports(
+                world, pool, to_engine=self._tell, settled=relay.import_settled, report=self._report
+            )
         info = WorkerInfo(
             worker_id=options.worker_id,
             generation=generation,
