@@ -54,7 +54,7 @@ class Kind(enum.StrEnum):
     NARROW = "narrow"
     """Between a source of blocks and a target pass `amount` bytes a second for `for_s`: transfers last."""
     STALE = "stale ticket"
-    """Somebody comes with a ticket of a source again, the one that was offered `amount` before the last."""
+    """Somebody comes again with the last `amount` tickets of a source, perhaps of a former engine there."""
     CLOCK_RATE = "clock drift"
     """A host's clock counts `amount` thousandths of a second in a second for `for_s`."""
     CLOCK_STEP = "clock step"
@@ -93,7 +93,7 @@ _AMOUNTS = {
     Kind.BREAK_LATER: (0, 100, 700, 2000, 10_000),
     Kind.BREAK_PULL: (0, 50, 100, 300, 700),
     Kind.CORRUPT: (0, 50, 100, 300, 700),
-    Kind.STALE: (0, 1, 5, 20),
+    Kind.STALE: (1, 5, 40),
     Kind.CLOCK_RATE: (500, 900, 1100, 2000),
     Kind.CLOCK_STEP: (100, 1000, 5000),
     Kind.CANCEL: (1, 3, 17, 101),

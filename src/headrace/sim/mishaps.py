@@ -176,9 +176,11 @@ class Mishaps:
         return bool(names)
 
     async def _come_again(self, fault: Fault) -> bool:
-        """Pull what a ticket was for; if its source says that these are the blocks, they must be."""
+        """Pull what tickets were for; if their source says that these are the blocks, they must be."""
         leaked = [one for one in self._cluster.leaked if one.ticket.worker_id == fault.where]
-        return bool(leaked) and await self._pull(leaked[-1 - min(fault.amount, len(leaked) - 1)])
+        async with asyncio.TaskGroup() as group:
+            pulls = [group.create_task(self._pull(one)) for one in leaked[-fault.amount :]]
+        return any(pull.result() for pull in pulls)
 
     async def _pull(self, leaked: Leaked) -> bool:
         cluster, ticket, size = self._cluster, leaked.ticket, self._cluster.shape.block_size

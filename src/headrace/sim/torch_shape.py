@@ -31,6 +31,8 @@ from headrace.sim.hash_model import Expected
 from headrace.sim.shape import EngineShape
 
 LAYERS, HIDDEN, INNER, HEAD = 2, 32, 48, 16
+TILE = 16
+"""Positions of a block take as much memory as the next multiple of this: kernels keep them in tiles."""
 
 
 class TorchSimExecutor(SimExecutor):
@@ -87,7 +89,7 @@ class TorchShape(EngineShape):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
-            kv_cache_memory=self.num_blocks * LAYERS * 2 * HEAD * self.block_size * 4,
+            kv_cache_memory=self.num_blocks * LAYERS * 2 * HEAD * 4 * -(-self.block_size // TILE) * TILE,
             block_size=self.block_size,
             prefix_caching=prefix_caching,
             batch_invariant=True,
