@@ -6,11 +6,16 @@
     source ──Confirmed──▶ target                   the lease held all the time: the blocks may be used
 
 At any point the source may say `Denied` instead and close. A chunk's bytes follow its message unframed.
+
+The connection is plain and whoever dials in is unknown until it has shown a token, so frames are small.
 """
 
 from __future__ import annotations
 
 import msgspec
+
+MAX_FRAME_BYTES = 1 << 20
+"""Limit on one message, before and after the token was shown."""
 
 BlockNames = list[tuple[int, int, int]]
 """Blocks by (KV group, number of the first, how many)."""

@@ -23,6 +23,7 @@ from hashlib import blake2b
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.handoff import Computed, Exporting, Ticket
 from headrace.transfer.messages import (
+    MAX_FRAME_BYTES,
     Checksums,
     Chunk,
     Confirm,
@@ -43,6 +44,13 @@ ANSWER_TIMEOUT_S = 10.0
 CHUNK_BYTES = 128 << 20
 """Blocks are sent together up to this size, or one by one above it."""
 
+CHUNK_BLOCKS = 1 << 16
+"""Nor more of them together than this, so that their checksums fit into a frame."""
+
+MAX_STRANGERS = 64
+"""How many connections at once may not have shown a token yet. Beyond, the one that had the longest time for
+it goes: who has a token shows it at once. Those that have shown one are bounded by the leases."""
+
 _TOKEN_BYTES = 16
 
 
@@ -58,6 +66,8 @@ class State(enum.StrEnum):
 class _Lease:
     request_id: str
     token: bytes
+    numbers: int
+    """How many blocks of one KV group the prompt fills, the last one perhaps in part."""
     state: State = State.QUEUED
     positions: int = 0
     blocks: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -98,6 +108,8 @@ class Exports:
         self._by_token: dict[bytes, _Lease] = {}
         self._listener: Listener | None = None
         self._readers: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], None] = {}
+        """Those of the readers that have not shown a token, in the order in which they came."""
 
     def __len__(self) -> int:
         """Exports that are not released."""
@@ -130,7 +142,7 @@ class Exports:
             raise RuntimeError("exports are offered before blocks are served")
         self._numbers += 1
         token = blake2b(self._numbers.to_bytes(8, "big"), key=self._secret, digest_size=_TOKEN_BYTES).digest()
-        lease = _Lease(event.request_id, token)
+        lease = _Lease(event.request_id, token, -(-event.prompt_tokens // self._pool.block_size))
         self._leases[event.request_id] = self._by_token[token] = lease
         return Ticket(
             token=token,
@@ -206,16 +218,28 @@ class Exports:
         if task is None:
             raise RuntimeError("blocks are served outside of a task")
         self._readers.add(task)
-        channel: Channel[FromTarget] = Channel(connection, receives=FromTarget)
+        channel: Channel[FromTarget] = Channel(connection, FromTarget, max_frame_bytes=MAX_FRAME_BYTES)
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                want = await channel.receive()
+            want = await self._first_word(task, channel)
             if isinstance(want, Want):
                 await self._read(task, connection, channel, want)
         except (ProtocolError, TimeoutError):
             connection.abort()  # the target learns no more than that; it computes what it did not get
         finally:
             self._readers.discard(task)
+
+    async def _first_word(self, task: asyncio.Task[None], channel: Channel[FromTarget]) -> FromTarget | None:
+        """Raises as `receive`, and TimeoutError; cancelled when too many others wait to say theirs."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            longest = next(iter(self._strangers))
+            del self._strangers[longest]
+            longest.cancel()
+        self._strangers[task] = None
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await channel.receive()
+        finally:
+            self._strangers.pop(task, None)
 
     async def _read(
         self,
@@ -227,6 +251,9 @@ class Exports:
         lease = self._by_token.get(want.token)
         if lease is None or want.generation != self._generation:
             channel.post(Denied("the blocks are not held here any more"))
+            return
+        if not self._may_want(lease, want):
+            channel.post(Denied("more blocks are asked for than this export can have"))
             return
         if lease.reader is not None:
             channel.post(Denied("the blocks are being fetched already"))
@@ -244,12 +271,18 @@ class Exports:
             if lease.how and lease.state is not State.RELEASED:
                 self._release(lease)
 
+    def _may_want(self, lease: _Lease, want: Want) -> bool:
+        """Whether so many blocks can be: what is asked for is laid out in memory name by name."""
+        in_pool = self._pool.memory.nbytes // self._pool.block_bytes
+        in_prompt = all(0 <= first <= first + count <= lease.numbers for _, first, count in want.blocks)
+        return in_prompt and sum(count for _, _, count in want.blocks) <= in_pool
+
     async def _send(
         self, lease: _Lease, connection: Connection, channel: Channel[FromTarget], want: Want
     ) -> bool:
         """Send the wanted blocks as they are computed, to the last; then wait until the export is held."""
         names = [(group, first + i) for group, first, count in want.blocks for i in range(count)]
-        most = max(1, CHUNK_BYTES // self._pool.block_bytes)
+        most = min(max(1, CHUNK_BYTES // self._pool.block_bytes), CHUNK_BLOCKS)
         sent = 0
         while sent < len(names):
             ready = sent

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.handoff import Cause, Reserved, Ticket
-from headrace.transfer.messages import Checksums, Chunk, Confirm, Confirmed, Denied, FromSource, Want
+from headrace.transfer.messages import (
+    MAX_FRAME_BYTES,
+    Checksums,
+    Chunk,
+    Confirm,
+    Confirmed,
+    Denied,
+    FromSource,
+    Want,
+)
 from headrace.transfer.pool import Pool
 from headrace.world import ConnectFailed, Connection, ConnectionLost, World
 
@@ -118,7 +127,7 @@ async def _pull(
     began: float,
     patience: Patience,
 ) -> Fetched:
-    channel: Channel[FromSource] = Channel(connection, receives=FromSource)
+    channel: Channel[FromSource] = Channel(connection, FromSource, max_frame_bytes=MAX_FRAME_BYTES)
     places = [block for span in reserved.fill for block in span.blocks]
     names = [(span.group, span.first, len(span.blocks)) for span in reserved.fill]
     channel.post(Want(ticket.token, ticket.generation, names))
