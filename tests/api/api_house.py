@@ -169,7 +169,7 @@ class ApiHouse:
         self.metrics = Metrics("hash")
         self.gateway = Gateway(real_world(), self.metrics, GatewayOptions(heartbeat_s=HEARTBEAT_S))
         with tempfile.TemporaryDirectory() as directory:
-            await self.gateway.listen(f"unix:{directory}/gateway.sock")
+            await self.gateway.listen(f"unix:{directory}/gateway.sock", own=True)
             await self._dial()
             model = ServedModel("hash", self.tokenizer, ChatTemplate(TEMPLATE))
             server = Server(self.gateway, model, self.metrics, random.Random(0), self.serving)

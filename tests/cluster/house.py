@@ -179,7 +179,7 @@ def in_house(
     async def live(world: World, simulation: Simulation | None, address: str, engine: str) -> None:
         gateway = Gateway(world, observer, GatewayOptions(heartbeat_s=HEARTBEAT_S))
         house = House(shape, world, simulation, gateway, engine)
-        await gateway.listen(address)
+        await gateway.listen(address, own=True)
         try:
             house.start_worker()
             await gateway.wait_ready()

@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from headrace import __version__
 from headrace.api.app import create_app
@@ -69,7 +70,7 @@ class Service:
             launchers(self._pools, options, say, cluster_key=key, engine_command=engine_command),
             listen=door.address if door is not None else None,
             observer=self._metrics,
-            options=gateway,
+            options=replace(gateway or GatewayOptions(), revision=files.revision),
             report=say,
         )
         self._http: HttpServer | None = None

@@ -70,9 +70,12 @@ class Gateway:
 
     # ---- what it is like -----------------------------------------------------------------------------
 
-    async def listen(self, address: str) -> str:
-        """Let workers dial in at `address` too; returns where exactly. Raises OSError, ValueError."""
-        return await self._membership.listen(address)
+    async def listen(self, address: str, *, own: bool = False) -> str:
+        """Let workers dial in at `address` too; returns where exactly. Raises OSError, ValueError.
+
+        When one of our `own` cannot start, that is a failure of ours; a stranger's is its own affair.
+        """
+        return await self._membership.listen(address, own=own)
 
     @property
     def address(self) -> str:

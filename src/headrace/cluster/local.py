@@ -8,7 +8,7 @@ elsewhere dial in at an address of the network, and stay when the gateway goes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from headrace.cluster.gateway import Gateway
 from headrace.cluster.keeper import Keeper
@@ -54,7 +54,7 @@ class LocalCluster:
         if self._listen is not None:
             await self.gateway.listen(self._listen)
         self._directory = PrivateDirectory("headrace-")
-        address = await self.gateway.listen(f"unix:{self._directory.path}/gateway.sock")
+        address = await self.gateway.listen(f"unix:{self._directory.path}/gateway.sock", own=True)
         self._running = asyncio.create_task(self._keep(address), name="local cluster")
         ready = asyncio.create_task(self.gateway.wait_ready(max(1, len(self._keepers))), name="local start")
         try:
@@ -72,20 +72,26 @@ class LocalCluster:
         """Run all keepers. Before all workers served, and of the last one, a failure is raised."""
         if not self._keepers:
             await asyncio.get_running_loop().create_future()  # others keep their workers
-        keepers = {asyncio.create_task(keeper.run(address), name="keeper") for keeper in self._keepers}
+        keepers = {asyncio.create_task(keeper.run(address)): keeper.name for keeper in self._keepers}
         running = set(keepers)
         try:
             while running:
                 ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for keeper in ended:
                     if (error := keeper.exception()) is not None:
-                        if not running or not self._started:
+                        if not self._started or not self._can_serve(keepers[each] for each in running):
                             raise error
                         self._report(str(error))
         finally:
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
+
+    def _can_serve(self, workers: Iterable[str]) -> bool:
+        """Whether one of these decodes, or others may join."""
+        members = [self.gateway.registry.get(name) for name in workers]
+        decodes = any(member is None or member.info.role.decodes for member in members)
+        return decodes or self._listen is not None
 
     async def wait_given_up(self) -> None:
         """Wait until a worker cannot be kept running; raises why. Returns when all were dismissed."""

@@ -6,10 +6,11 @@ In: connections and time. Out: calls to the gateway, and the registry's states.
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Protocol
 
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.registry import Member, MemberState, NameTaken, Registry, Unfit
+from headrace.cluster.registry import Member, MemberState, Registry, Unfit, UnfitNow
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.messages import (
     PROTOCOL_VERSION,
@@ -29,9 +30,15 @@ HELLO_TIMEOUT_S = 10.0
 """A worker dials in when its engine stands, so its first word comes at once."""
 
 
+CLOSE_TIMEOUT_S = 2.0
+"""How long workers may take to read the last that they are told."""
+
+
 class Host(Protocol):
     """Who wants to know."""
 
+    @property
+    def open_samples(self) -> int: ...
     def member_up(self, member: Member) -> None: ...
     def member_failed(self, message: str) -> None: ...
     def member_lost(self, member: Member, why: str, *, died: bool) -> None: ...
@@ -57,8 +64,10 @@ class Membership:
             raise RuntimeError("the gateway does not listen yet")
         return self._listeners[0].address
 
-    async def listen(self, address: str) -> str:
-        listener = await self._world.network.listen(address, self._serve)
+    async def listen(self, address: str, *, own: bool) -> str:
+        """Let workers dial in; what they say of not coming counts only for our own."""
+        serve = functools.partial(self._serve, own=own)
+        listener = await self._world.network.listen(address, serve)
         self._listeners.append(listener)
         self._registry.opened(self._world.now())
         if self._watch is None:
@@ -72,11 +81,19 @@ class Membership:
             await asyncio.gather(self._watch, return_exceptions=True)
         for listener in self._listeners:
             await listener.close()
-        for member in list(self._registry.live()):
+        members = list(self._registry.live())
+        for member in members:
             self._lose(member, "the gateway stops", died=False)
-            await member.channel.close()
+        closing = [asyncio.create_task(member.channel.close()) for member in members]
+        if closing:
+            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
+        for task, member in zip(closing, members, strict=True):
+            if not task.done():  # it does not read what it was told last
+                task.cancel()
+                member.channel.abort()
+        await asyncio.gather(*closing, return_exceptions=True)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, *, own: bool) -> None:
         channel: Channel[FromWorker] = Channel(connection, receives=FromWorker)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -85,17 +102,21 @@ class Membership:
             connection.abort()
             return
         if isinstance(first, StartFailed):
-            self._host.member_failed(first.message)
+            self._world.trace("gateway.start failed", first.message)
+            if own:
+                self._host.member_failed(first.message)
             return
         if not isinstance(first, Hello) or first.protocol != PROTOCOL_VERSION:
             said = f"protocol {first.protocol}" if isinstance(first, Hello) else type(first).__name__
             channel.post(Rejected(f"the gateway speaks protocol {PROTOCOL_VERSION}, the worker said {said}"))
             return
         try:
-            former = self._registry.register(first.worker, channel, self._world.now())
+            former = self._registry.register(
+                first.worker, channel, self._world.now(), owes=self._host.open_samples > 0
+            )
         except Unfit as unfit:
             self._world.trace("gateway.rejected", first.worker.worker_id, str(unfit))
-            channel.post(Rejected(str(unfit), later=isinstance(unfit, NameTaken)))
+            channel.post(Rejected(str(unfit), later=isinstance(unfit, UnfitNow)))
             return
         if former is not None:
             former.channel.abort()
@@ -151,6 +172,7 @@ class Membership:
         while True:
             await asyncio.sleep(options.heartbeat_s)
             now = self._world.now()
+            self._registry.forget(now)
             for member in list(self._registry.live()):
                 silent_s = now - member.heard_s
                 if silent_s > options.lapse_s:

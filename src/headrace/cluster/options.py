@@ -18,6 +18,8 @@ class SplitPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
     split: SplitPolicy = SplitPolicy()
+    revision: str = ""
+    """The model's, where the gateway has its files: workers of another one are refused."""
     heartbeat_s: float = 1.0
     suspect_after_s: float = 3.0
     """A worker that was silent for so long gets nothing new while there is another."""

@@ -101,5 +101,5 @@ _WHY_UNAVAILABLE = {
     GatewayState.STARTING: "the model is being loaded; try again later",
     GatewayState.READY: "the model is being loaded; try again later",
     GatewayState.DRAINING: "the server is shutting down",
-    GatewayState.DEAD: "the engine has ended and is being started again; try again later",
+    GatewayState.DEAD: "no engine serves now; try again later",
 }

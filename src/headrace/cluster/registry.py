@@ -30,8 +30,8 @@ class Unfit(Exception):
     """A worker that cannot be part of this cluster; the text names what does not fit."""
 
 
-class NameTaken(Unfit):
-    """A worker of this name was heard a moment ago: another one, or one that was restarted since."""
+class UnfitNow(Unfit):
+    """A worker that may be part of it in a while, when what it does not fit to is gone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,19 +104,28 @@ class Registry:
     def get(self, worker_id: str) -> Member | None:
         return self._members.get(worker_id)
 
-    def register(self, info: WorkerInfo, channel: Channel[FromWorker], now: float) -> Member | None:
+    def register(
+        self, info: WorkerInfo, channel: Channel[FromWorker], now: float, *, owes: bool = False
+    ) -> Member | None:
         """Take a worker in; returns the former member of its name, still live, that it takes the place of.
 
-        Raises Unfit.
+        While the gateway `owes` answers, those that were lost with them count as well: what they began is not
+        gone on with by another model. Raises Unfit.
         """
+        revision = self._options.revision
+        if revision and info.engine.revision != revision:
+            raise Unfit(
+                f"its model revision is {info.engine.revision}, and that of the gateway is {revision}"
+            )
         former = self._members.get(info.worker_id)
         if former is not None and not former.is_live:
             former = None
         if former is not None and now - former.heard_s <= 2 * self._options.heartbeat_s:
-            raise NameTaken(f"another worker is called {info.worker_id!r}; give each its own name")
+            raise UnfitNow(f"another worker is called {info.worker_id!r}; give each its own name")
         for other in self.live():
             if other is not former:
                 _check_fit(info, other.info)
+        self._check_fit_to_lost(info, now, owes)
         self._members[info.worker_id] = Member(info, channel, now)
         return former
 
@@ -124,9 +133,21 @@ class Registry:
         """A member is gone; it stays known for a while, as one that may come back."""
         member.state = MemberState.DOWN
         member.why_down, member.down_s = why, now
-        for other in list(self):
-            if not other.is_live and now - other.down_s > self._options.replay_timeout_s:
-                del self._members[other.worker_id]
+
+    def forget(self, now: float) -> None:
+        """Those that have been gone for so long are not expected back."""
+        for member in list(self):
+            if not member.is_live and now - member.down_s > self._options.replay_timeout_s:
+                del self._members[member.worker_id]
+
+    def _check_fit_to_lost(self, info: WorkerInfo, now: float, owes: bool) -> None:
+        """What waits for a worker was begun by one of these; it waits no longer than they are remembered."""
+        try:
+            for lost in self:
+                if owes and not lost.is_live and now - lost.down_s <= self._options.replay_timeout_s:
+                    _check_fit(info, lost.info)
+        except Unfit as unfit:
+            raise UnfitNow(f"{unfit}, whose requests still wait") from unfit
 
     def expects_other(self, than: Member, now: float) -> bool:
         """Whether another worker decodes, or may do so again soon; while the gateway is young, any may."""
