@@ -29,7 +29,7 @@ from headrace.transfer import Exports, Pool
 from headrace.worker.imports import Imports
 from headrace.worker.options import WorkerOptions
 from headrace.worker.relay import Relay
-from headrace.worker.session import Session
+from headrace.worker.session import RejectedError, Session
 from headrace.world import Connection, ConnectionLost, Listener, Memory, World
 from headrace.world.launcher import Launcher, Process, to_the_end
 
@@ -94,8 +94,8 @@ class EngineLife:
     async def run(self) -> str | None:
         """See one engine through its life; returns how it was lost, or None when it was drained.
 
-        Raises CannotStartError when the engine says that it cannot start, RejectedError when a gateway does
-        not take it. Cancelled, it ends the engine first.
+        Raises CannotStartError when the engine says that it cannot start, RejectedError when no gateway takes
+        it. Cancelled, it ends the engine first.
         """
         listener = await self._world.network.listen(self._engine_address, self._serve_engine)
         try:
@@ -125,15 +125,15 @@ class EngineLife:
                 return await self._told(ended)
             began_s = self._world.now()
             members = [asyncio.create_task(s.run(), name="worker.session") for s in self._relay.sessions]
-            tasks += [*members, asyncio.create_task(self._keep_asking(), name="worker.ping")]
+            rejected = asyncio.create_task(self._until_rejected(members), name="worker.rejected")
+            tasks += [*members, rejected, asyncio.create_task(self._keep_asking(), name="worker.ping")]
             try:
-                await asyncio.wait({ended, lost, drained, *members}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({ended, lost, drained, rejected}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 self.served_s = self._world.now() - began_s
                 await to_the_end(self._leave())
-            for member in members:
-                if member.done():
-                    member.result()  # raises why it was rejected
+            if rejected.done():
+                rejected.result()  # raises why
             if drained.done():
                 return None
             return await self._told(ended)
@@ -141,6 +141,20 @@ class EngineLife:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_rejected(self, members: list[asyncio.Task[None]]) -> None:
+        """Raise RejectedError when no gateway is left that may take this worker."""
+        open_members = set(members)
+        while open_members:
+            done, open_members = await asyncio.wait(open_members, return_when=asyncio.FIRST_COMPLETED)
+            for member in done:
+                try:
+                    member.result()
+                except RejectedError as error:
+                    if not open_members:
+                        raise
+                    self._report(f"{error}; it stays with the others")
+        await asyncio.get_running_loop().create_future()  # it has left: what follows knows why
 
     async def _told(self, ended: asyncio.Task[str]) -> str:
         """How the engine was lost; where no more is known than that its connection was, its process tells."""

@@ -5,6 +5,8 @@ and answers. Requests of a gateway that is gone are cancelled: nobody would read
 
     dial ──Hello──▶ Welcome ──▶ registered ──lost, or silent for `lapse_s`──▶ dial again
                       └▶ Rejected: the end, or dial again
+
+Whatever keeps it from being a member is said to people, each reason once until it is one again.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ UNWELCOMED_BEAT_S = 1.0
 machine went down without a word and is back."""
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 1.0
-"""Pauses between attempts to dial a gateway; a restarted one must know its cluster within two heartbeats."""
+"""Pauses between attempts to dial a gateway, doubled until it welcomes this worker; a restarted one must know
+its cluster within two heartbeats."""
+
+_NO_ANSWER = f"no answer within {WELCOME_TIMEOUT_S:g} s"
 
 
 class RejectedError(Exception):
@@ -76,7 +81,11 @@ class Session:
         self._info = info
         self._orders = orders
         self._report = report
-        self._said = ""
+        self._said: set[str] = set()
+        """What people know of why this is no member."""
+        self._pause_s = FIRST_PAUSE_S
+        self._welcome = False
+        self._given_up = ""
         self._channel: Channel[FromGateway] | None = None
         self._heard_s = 0.0
         self._left = False
@@ -89,40 +98,56 @@ class Session:
 
     async def run(self) -> None:
         """Be a member until cancelled. Raises RejectedError."""
-        pause_s = FIRST_PAUSE_S
         while True:
-            try:
-                connection = await self._world.network.connect(self._address, timeout_s=CONNECT_TIMEOUT_S)
-            except ConnectFailed:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-                continue
-            channel: Channel[FromGateway] = Channel(connection, receives=FromGateway)
-            try:
-                await self._serve(channel)
-                pause_s = FIRST_PAUSE_S
-            except (ConnectionLost, ProtocolError, TimeoutError) as error:
-                self._world.trace("session.lost", self._address, type(error).__name__)
-            finally:
-                self._channel = None
-                if not self._left:
-                    channel.abort()  # else `leave` still sends its last word
-                self._orders.forget(self)
+            trouble = await self._attempt()
             if self._left:
                 return
-            await asyncio.sleep(pause_s)
+            if trouble and trouble not in self._said:
+                self._said.add(trouble)
+                self._report(f"{trouble}; dialling again")
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
-    async def _serve(self, channel: Channel[FromGateway]) -> None:
+    async def _attempt(self) -> str:
+        """One connection from its start to its end; returns what was wrong with it. Raises RejectedError."""
+        try:
+            connection = await self._world.network.connect(self._address, timeout_s=CONNECT_TIMEOUT_S)
+        except ConnectFailed as error:
+            return self._cannot_join(error.reason)
+        channel: Channel[FromGateway] = Channel(connection, receives=FromGateway)
+        self._welcome, self._given_up = False, ""
+        try:
+            return await self._serve(channel)
+        except (ConnectionLost, ProtocolError, TimeoutError) as error:
+            self._world.trace("session.lost", self._address, type(error).__name__)
+            reason = error.reason if not isinstance(error, TimeoutError) else _NO_ANSWER
+            if not self._welcome:
+                return self._cannot_join(reason)
+            return f"the gateway at {self._address} was lost: {self._given_up or reason}"
+        finally:
+            self._channel = None
+            if not self._left:
+                channel.abort()  # else `leave` still sends its last word
+            self._orders.forget(self)
+
+    def _cannot_join(self, reason: str) -> str:
+        return f"cannot join the gateway at {self._address}: {reason}"
+
+    async def _serve(self, channel: Channel[FromGateway]) -> str:
+        """Be a member on this connection to its end; returns why it was none."""
         answer = await self._say_hello(channel)
         if isinstance(answer, Rejected) and not answer.later:
             raise RejectedError(f"the gateway at {self._address} rejects this worker: {answer.reason}")
-        if isinstance(answer, Rejected) and answer.reason != self._said:
-            self._said = answer.reason
-            self._report(f"the gateway at {self._address} does not take this worker yet: {answer.reason}")
+        if isinstance(answer, Rejected):
+            return f"the gateway at {self._address} does not take this worker yet: {answer.reason}"
         if not isinstance(answer, Welcome):
-            return
-        self._channel = channel
+            return self._cannot_join("it ended the connection without an answer")
+        self._channel, self._welcome = channel, True
         self._heard_s = self._world.now()
+        self._pause_s = FIRST_PAUSE_S
+        if self._said:
+            self._said.clear()
+            self._report(f"joined the gateway at {self._address}")
         if self._orders.draining:
             channel.post(Draining())
         beats = asyncio.create_task(self._beat(channel, answer), name="worker.heartbeat")
@@ -132,6 +157,7 @@ class Session:
                 self._obey(message)
         finally:
             beats.cancel()
+        return ""
 
     async def _say_hello(self, channel: Channel[FromGateway]) -> FromGateway | None:
         """The gateway's answer; None when it ended the connection. Raises TimeoutError, ConnectionLost."""
@@ -173,6 +199,7 @@ class Session:
         while True:
             await asyncio.sleep(welcome.heartbeat_s)
             if self._world.now() - self._heard_s > welcome.lapse_s:
+                self._given_up = f"it was silent for {welcome.lapse_s:g} s"
                 channel.abort()
                 return
             self.post(self._orders.heartbeat())

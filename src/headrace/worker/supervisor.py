@@ -13,13 +13,14 @@ the engine all of these end: gateways replay what it had, and tickets for its bl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import FromGateway, StartFailed
 from headrace.worker.life import CannotStartError, EngineLife
 from headrace.worker.options import WorkerOptions
-from headrace.worker.session import CONNECT_TIMEOUT_S, RejectedError
+from headrace.worker.session import CONNECT_TIMEOUT_S
 from headrace.world import ConnectFailed, World
 from headrace.world.launcher import Launcher
 
@@ -29,6 +30,9 @@ STABLE_AFTER_S = 60.0
 """An engine that served this long is lost by accident; the pause begins small again."""
 MAX_RESTARTS = 8
 """Losses in quick succession after which the supervisor gives up."""
+
+TELL_TIMEOUT_S = 2.0
+"""How long a gateway may take to read why a worker will not come."""
 
 
 class EngineLostError(Exception):
@@ -75,7 +79,7 @@ class Supervisor:
     async def run(self) -> None:
         """Keep an engine running until it is drained.
 
-        Raises CannotStartError, EngineLostError or RejectedError when that cannot be; gateways are told.
+        Raises CannotStartError or EngineLostError when that cannot be; gateways are told. RejectedError.
         """
         losses = 0
         served = False
@@ -87,7 +91,7 @@ class Supervisor:
                 return
             try:
                 how = await life.run()
-            except (CannotStartError, RejectedError) as error:
+            except CannotStartError as error:
                 await self._tell_failed(str(error))
                 raise
             finally:
@@ -114,4 +118,6 @@ class Supervisor:
                 continue
             channel: Channel[FromGateway] = Channel(connection, receives=FromGateway)
             channel.post(StartFailed(message))
-            await channel.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL_TIMEOUT_S):
+                    await channel.close()
