@@ -1,7 +1,7 @@
 """The net is proven: each of these planted defects is caught by the search.
 
-A defect is one line of the code that serves done wrong; `seed` is the first one that notices, of lives with
-faults of `kinds`. Without the defect the same lives break no promise.
+A defect is a line or two of the code that serves done wrong; `seed` is one whose standard life, or one with
+faults of `kinds` only, notices. Without it these lives break no promise, as `test_cluster_faults` shows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from headrace.cluster.ledger import Accepted
 from headrace.engine.blocks import Pin
 from headrace.engine.cache import KVCache
 from headrace.engine.handoff import Handoffs as EngineHandoffs
-from headrace.protocol.engine_messages import Continue
+from headrace.protocol.engine_messages import Continue, Release
 from headrace.protocol.messages import Role
 from headrace.protocol.requests import FinishReason, Progress
+from headrace.sim.cluster import Violation
 from headrace.sim.connection import SimConnection
 from headrace.sim.faults import Kind
-from headrace.sim.life import FAULTS, live
+from headrace.sim.life import live
 from headrace.sim.search import Scope
 from headrace.transfer.source import Exports, State
 from headrace.worker.imports import Imports
-from headrace.worker.life import EngineLife
+from headrace.worker.relay import Relay
 
 Patch = pytest.MonkeyPatch
 
@@ -60,9 +61,9 @@ def accept_a_stale_ticket(patch: Patch) -> None:
 
 def drop_a_terminal_message(patch: Patch) -> None:
     """The ending of a cancelled second sample gets lost."""
-    pass_on = EngineLife._pass_on
+    pass_on = Relay._pass_on
 
-    def wrong(self: EngineLife, stepped: Any) -> None:
+    def wrong(self: Relay, stepped: Any) -> None:
         kept = [
             output
             for output in stepped.outputs
@@ -70,7 +71,7 @@ def drop_a_terminal_message(patch: Patch) -> None:
         ]
         pass_on(self, msgspec.structs.replace(stepped, outputs=kept))
 
-    patch.setattr(EngineLife, "_pass_on", wrong)
+    patch.setattr(Relay, "_pass_on", wrong)
 
 
 def repeat_a_token(patch: Patch) -> None:
@@ -109,26 +110,57 @@ def decode_before_the_confirmation(patch: Patch) -> None:
 
 
 def free_under_a_read_and_confirm(patch: Patch) -> None:
-    """Blocks are freed under a read when the lease expires, and the source confirms all the same."""
+    """Blocks are freed under a read when the lease expires, and the source confirms all the same.
 
-    def end(self: Exports, lease: Any, how: str) -> None:
-        if lease.state is not State.RELEASED and not lease.how:
+    Freed and not confirmed would be harmless, since a target uses nothing without the confirmation: each of
+    the two is enough for right tokens, and what is planted breaks both.
+    """
+
+    end = Exports._end
+
+    def wrong(self: Exports, lease: Any, how: str) -> None:
+        if how != "expired" or lease.reader is None:
+            end(self, lease, how)
+        else:
             lease.how = how
             self._stop_timer(lease)
             self._released(lease.request_id, how)
-            if lease.reader is None:
-                del self._leases[lease.request_id]
-                del self._by_token[lease.token]
 
-    def release(self: Exports, lease: Any) -> None:
-        if self._leases.pop(lease.request_id, None) is not None:
-            self._stop_timer(lease)
-            del self._by_token[lease.token]
-            if lease.how == "confirmed":
-                self._released(lease.request_id, lease.how)
+    patch.setattr(Exports, "_end", wrong)
 
-    patch.setattr(Exports, "_end", end)
-    patch.setattr(Exports, "_release", release)
+
+def free_a_dropped_import_under_its_pull(patch: Patch) -> None:
+    """Blocks are the engine's again while bytes still come into them."""
+    drop = Imports.drop
+
+    def wrong(self: Imports, request_id: str) -> None:
+        if request_id in self._open:
+            self._to_engine(Release(request_id))
+        drop(self, request_id)
+
+    patch.setattr(Imports, "drop", wrong)
+
+
+def ignore_the_generation_of_tickets_that_repeat(patch: Patch) -> None:
+    """A ticket of a former life of an engine opens what has its number in this one.
+
+    The generation by itself catches nothing that the token would not: a token is a hash keyed with a secret
+    of its life, so one of another life names no lease and is denied for that. The two are one promise made
+    twice, and what is planted breaks both: tokens are counted, and of which life they are is not asked.
+    """
+    init, read = Exports.__init__, Exports._read
+
+    def counting(self: Exports, *args: Any, **named: Any) -> None:
+        init(self, *args, **named)
+        self._secret = bytes(32)
+
+    async def wrong(self: Exports, task: Any, connection: Any, channel: Any, want: Any) -> None:
+        await read(
+            self, task, connection, channel, msgspec.structs.replace(want, generation=self._generation)
+        )
+
+    patch.setattr(Exports, "__init__", counting)
+    patch.setattr(Exports, "_read", wrong)
 
 
 def skip_the_quarantine(patch: Patch) -> None:
@@ -159,16 +191,16 @@ def skip_the_checksums(patch: Patch) -> None:
 def stop_without_draining(patch: Patch) -> None:
     """A worker that is to drain leaves at once."""
 
-    async def wrong(self: EngineLife) -> None:
+    async def wrong(self: Relay) -> None:
         while not self.draining:
             await self._changed.wait()
 
-    patch.setattr(EngineLife, "_wait_drained", wrong)
+    patch.setattr(Relay, "wait_drained", wrong)
 
 
 def leave_the_orphans_of_a_gateway(patch: Patch) -> None:
     """What a gateway that is gone had asked for goes on."""
-    patch.setattr(EngineLife, "forget", lambda self, session: None)
+    patch.setattr(Relay, "forget", lambda self, session: None)
 
 
 @dataclass(frozen=True)
@@ -176,32 +208,41 @@ class Case:
     plant: Callable[[Patch], None]
     seed: int
     kinds: tuple[Kind, ...] = tuple(Kind)
-    count: int = FAULTS
-    roles: tuple[tuple[str, Role], ...] | None = None
 
 
-_PAIR = (("p", Role.PREFILL), ("d", Role.DECODE))
-_LATE = (Kind.LATE, Kind.NARROW)
 CASES = [
-    Case(skip_a_lease_release, 1),
-    Case(accept_a_stale_ticket, 1, _LATE),
-    Case(drop_a_terminal_message, 0),
-    Case(repeat_a_token, 1),
+    Case(skip_a_lease_release, 2),
+    Case(accept_a_stale_ticket, 7),
+    Case(drop_a_terminal_message, 2),
+    Case(repeat_a_token, 3),
     Case(replay_without_the_sampled_token, 1),
     Case(forget_the_salt, 0),
-    Case(decode_before_the_confirmation, 5),
-    Case(free_under_a_read_and_confirm, 6, (Kind.NARROW,), 12, _PAIR),
-    Case(skip_the_quarantine, 1, _LATE),
-    Case(skip_the_checksums, 2, (Kind.CORRUPT,)),
+    Case(decode_before_the_confirmation, 1),
+    Case(free_under_a_read_and_confirm, 8),
+    Case(free_a_dropped_import_under_its_pull, 33),
+    Case(skip_the_quarantine, 2),
+    Case(skip_the_checksums, 2),
     Case(stop_without_draining, 0, (Kind.DRAIN,)),
-    Case(leave_the_orphans_of_a_gateway, 1, (Kind.GATEWAY, Kind.GATEWAY_POWER)),
+    Case(leave_the_orphans_of_a_gateway, 6),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.plant.__name__)
 def test_a_planted_defect_is_caught(case: Case, monkeypatch: Patch) -> None:
-    planned = Scope(case.kinds, case.roles, case.count).plan(case.seed)
-    live(case.seed, planned)
     case.plant(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017  # which promise it breaks first is of no matter
-        live(case.seed, planned)
+        live(case.seed, Scope(case.kinds).plan(case.seed))
+
+
+def test_a_ticket_of_a_former_life_opens_nothing(monkeypatch: Patch) -> None:
+    """Leases stay unread behind cut links while the engine is lost and old tickets come.
+
+    Among faults of all kinds a lease without a reader seldom has the number of a ticket of the life before,
+    so these are of the kinds that it takes, at the two workers that it takes.
+    """
+    kinds = (Kind.ENGINE, Kind.STALE, Kind.CUT_ONE_WAY, Kind.CUT)
+    planned = Scope(kinds, (("p", Role.PREFILL), ("d", Role.DECODE)), 14).plan(18)
+    live(18, planned)
+    ignore_the_generation_of_tickets_that_repeat(monkeypatch)
+    with pytest.raises(Violation, match="gave other blocks for a ticket"):
+        live(18, planned)

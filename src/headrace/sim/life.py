@@ -96,7 +96,7 @@ class Report:
     endings: Counter[str]
     """Samples by how they ended; `left` are those whose client left."""
     faults: Counter[str]
-    """Those that were drawn, by kind."""
+    """Those that happened, by kind."""
     acted: Counter[str]
     """Those that met something, by kind."""
     requests: int
@@ -162,6 +162,7 @@ class _Lived:
     """What is known of a life while it is lived."""
 
     endings: Counter[str] = field(default_factory=Counter)
+    made: Counter[str] = field(default_factory=Counter)
     acted: Counter[str] = field(default_factory=Counter)
     requests: int = 0
     steps: int = 0
@@ -181,12 +182,11 @@ def live(seed: int, what: Plan | None = None) -> Report:
         )
     except BaseExceptionGroup as group:
         raise first_of(group) from group
-    drawn = Counter(str(fault.kind) for fault in planned.faults)
     return Report(
         seed,
         outcome.trace_hash,
         lived.endings,
-        drawn,
+        lived.made,
         lived.acted,
         lived.requests,
         lived.steps,
@@ -207,7 +207,7 @@ async def _live(simulation: Simulation, seed: int, planned: Plan, lived: _Lived)
     orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in planned.faults)
     load = Load(cluster, seed, orderly=orderly)
     mishaps = Mishaps(cluster, load)
-    lived.endings, lived.acted = load.endings, mishaps.acted
+    lived.endings, lived.made, lived.acted = load.endings, mishaps.made, mishaps.acted
     await cluster.start()
     watching = asyncio.create_task(_watch(cluster), name="watch")
     try:

@@ -19,6 +19,7 @@ from headrace.sim.network import Crash
 from headrace.transfer import Patience, Pool, TransferFailed, fetch
 
 DRAIN_TIMEOUT_S = 20.0
+STALE_EVERY_S, LONGEST_STALE_S = 0.1, 1.0
 STRANGER = "stranger"
 """The host of whoever comes with a ticket that was not given to him."""
 
@@ -36,8 +37,10 @@ class Mishaps:
     def __init__(self, cluster: SimCluster, clients: Clients) -> None:
         self._cluster = cluster
         self._clients = clients
+        self.made: Counter[str] = Counter()
+        """Faults by kind."""
         self.acted: Counter[str] = Counter()
-        """Faults by kind that met something."""
+        """Those that met something."""
 
     async def play(self, faults: Sequence[Fault]) -> None:
         """Make the faults happen, each at its time; returns when all are over."""
@@ -55,6 +58,7 @@ class Mishaps:
 
     async def make(self, fault: Fault) -> None:
         """Make one fault happen, and undo it after its time."""
+        self.made[str(fault.kind)] += 1
         match fault.kind:
             case Kind.BREAK | Kind.BREAK_LATER | Kind.BREAK_PULL | Kind.CORRUPT:
                 self._arm(fault, lambda: self._count(fault))
@@ -176,11 +180,18 @@ class Mishaps:
         return bool(names)
 
     async def _come_again(self, fault: Fault) -> bool:
-        """Pull what tickets were for; if their source says that these are the blocks, they must be."""
-        leaked = [one for one in self._cluster.leaked if one.ticket.worker_id == fault.where]
-        async with asyncio.TaskGroup() as group:
-            pulls = [group.create_task(self._pull(one)) for one in leaked[-fault.amount :]]
-        return any(pull.result() for pull in pulls)
+        """Pull what tickets were for, again and again; what their source says are the blocks must be them."""
+        loop = self._cluster.simulation.loop
+        until_s = loop.now + min(fault.for_s, LONGEST_STALE_S)
+        acted = False
+        while True:
+            leaked = [one for one in self._cluster.leaked if one.ticket.worker_id == fault.where]
+            async with asyncio.TaskGroup() as group:
+                pulls = [group.create_task(self._pull(one)) for one in leaked[-fault.amount :]]
+            acted = acted or any(pull.result() for pull in pulls)
+            if loop.now >= until_s:
+                return acted
+            await asyncio.sleep(STALE_EVERY_S)
 
     async def _pull(self, leaked: Leaked) -> bool:
         cluster, ticket, size = self._cluster, leaked.ticket, self._cluster.shape.block_size

@@ -77,7 +77,7 @@ class Verdict:
     failures: list[Failure] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    """Those that were drawn, by kind."""
+    """Those that happened, by kind."""
     acted: Counter[str] = field(default_factory=Counter)
     """Those that met something, by kind."""
     requests: int = 0
