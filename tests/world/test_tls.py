@@ -222,6 +222,30 @@ def test_a_client_without_a_certificate_or_with_an_older_protocol(play, credenti
     play(scenario)
 
 
+def test_each_refusal_is_reported_once_for_each_peer(play, credentials: Credentials, tmp_path: Path) -> None:
+    lines: list[str] = []
+    stranger = make_credentials(tmp_path / "stranger")
+
+    async def scenario() -> None:
+        async with listening(StreamNetwork(credentials, lines.append), Echo()) as address:
+            for _ in range(3):
+                with pytest.raises(ConnectFailed):
+                    await StreamNetwork(stranger).connect(address, timeout_s=5)
+            for _ in range(2):
+                plain = await StreamNetwork().connect(address, timeout_s=5)
+                plain.write(b"GET / HTTP/1.1\r\n\r\n")
+                while await plain.read(65536):
+                    pass
+                await plain.close()
+            await echoed(StreamNetwork(credentials), address)
+
+    play(scenario)
+    assert [line.partition(" (")[0] for line in lines] == [
+        "a connection from 127.0.0.1 was refused: it refuses this side: unknown ca",
+        "a connection from 127.0.0.1 was refused: what it sends is not TLS 1.3",
+    ]
+
+
 # Who does not speak TLS.
 
 

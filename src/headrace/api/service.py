@@ -61,7 +61,7 @@ class Service:
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
         self._door = door
-        self._world = real_world(door.credentials if door is not None else None)
+        self._world = real_world(door.credentials if door is not None else None, say)
         self._metrics = Metrics(options.served_name)
         self._pools = pools or Pools()
         key = door.credentials.cluster_key if door is not None else b""

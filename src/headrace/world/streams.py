@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 ACCEPT_BACKLOG = 1024
 """Connections the kernel completes before they are accepted; its own limit (somaxconn) may be lower."""
 
+REFUSALS_KNOWN = 1000
+"""Of so many peers and reasons it is remembered that their refusal was reported."""
+
 BACKLOG_RETRY_S = 0.01
 """How long to wait before trying a unix socket again whose listener is behind with accepting."""
 
@@ -46,10 +49,17 @@ BACKLOG_RETRY_S = 0.01
 class StreamNetwork(Network):
     """Sockets of this machine."""
 
-    def __init__(self, credentials: Credentials | None = None) -> None:
-        """Without `credentials` every connection is plain. Raises CredentialsError."""
+    def __init__(
+        self, credentials: Credentials | None = None, report: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Without `credentials` every connection is plain. Raises CredentialsError.
+
+        `report` gets a line for people when a peer is not let in: for each host and reason once.
+        """
         self._server_tls = credentials.server_context() if credentials is not None else None
         self._client_tls = credentials.client_context() if credentials is not None else None
+        self._report = report
+        self._refusals: set[tuple[str, str]] = set()
 
     async def listen(self, address: str, handler: Handler, *, plain: bool = False) -> Listener:
         if address.startswith(UNIX_PREFIX):
@@ -72,7 +82,7 @@ class StreamNetwork(Network):
                 server = await loop.create_server(connections, sock=bound, backlog=ACCEPT_BACKLOG)
             else:
                 server = await loop.create_server(
-                    lambda: TlsTransport(tls, connections(), server_side=True),
+                    lambda: self._asked_who_it_is(TlsTransport(tls, connections(), server_side=True)),
                     sock=bound,
                     backlog=ACCEPT_BACKLOG,
                 )
@@ -80,6 +90,19 @@ class StreamNetwork(Network):
             bound.close()
             raise
         return _StreamListener(address, server, path)
+
+    def _asked_who_it_is(self, accepted: TlsTransport) -> TlsTransport:
+        def tell(verified: asyncio.Future[None]) -> None:
+            if verified.cancelled() or (error := verified.exception()) is None:
+                return
+            peername = accepted.get_extra_info("peername")
+            refusal = (peername[0] if peername else "a peer that has left", str(error))
+            if refusal not in self._refusals and len(self._refusals) < REFUSALS_KNOWN:
+                self._refusals.add(refusal)
+                self._report(f"a connection from {refusal[0]} was refused: {refusal[1]}")
+
+        accepted.verified.add_done_callback(tell)
+        return accepted
 
     async def connect(self, address: str, *, timeout_s: float, plain: bool = False) -> Connection:
         loop = asyncio.get_running_loop()

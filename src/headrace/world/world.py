@@ -56,9 +56,11 @@ class World:
         return asyncio.get_running_loop().time()
 
 
-def real_world(credentials: Credentials | None = None) -> World:
+def real_world(
+    credentials: Credentials | None = None, report: Callable[[str], None] = lambda line: None
+) -> World:
     """The world of this process: sockets, the operating system's entropy, the real clock.
 
-    With `credentials`, TCP connections are mutual TLS.
+    With `credentials`, TCP connections are mutual TLS; `report` gets a line for people of who was not let in.
     """
-    return World(network=StreamNetwork(credentials), random=RandomStreams.from_os())
+    return World(network=StreamNetwork(credentials, report), random=RandomStreams.from_os())
