@@ -67,8 +67,8 @@ check-clients: $(VENV)/.dev build/clients/.installed ## the official openai clie
 bench: $(VENV)/.dev ## tokens per second at batch sizes 1, 8 and 32, and the share of a step that is not a kernel
 	@$(BIN)/python benchmarks/engine.py
 
-bench-transfer: $(VENV)/.dev ## what a handoff costs: pulling KV blocks against a bare socket copy, and the pause after the first token
-	@$(BIN)/python benchmarks/kv_transfer.py && $(BIN)/python benchmarks/handoff_pause.py
+bench-transfer: $(VENV)/.dev ## what a handoff costs: pulling KV blocks against a bare socket copy, and the pause after the first token (over a link of 10 Gbit/s: Linux, root)
+	@$(BIN)/python benchmarks/kv_transfer.py && $(BIN)/python benchmarks/handoff_pause.py --link 10000
 
 soak: $(VENV)/.dev ## 10,000 requests at the highest rate the server holds, some cut off, some malformed
 	@$(BIN)/python benchmarks/soak.py

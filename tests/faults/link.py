@@ -11,6 +11,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+_TICK_S = 0.004
+"""What a queue may let through at once: less than the kernel's clock ticks apart, and it gets no further."""
+
 
 class Link:
     """From entering to leaving the context."""
@@ -61,7 +64,8 @@ class Link:
 
     def slow(self, megabits: float) -> None:
         """What comes from the far end queues: late, and whole."""
-        self._shape("tbf", "rate", f"{megabits:g}mbit", "burst", "64kb", "latency", "400ms")
+        burst = max(64_000, round(megabits * 1e6 / 8 * _TICK_S))
+        self._shape("tbf", "rate", f"{megabits:g}mbit", "burst", f"{burst}b", "latency", "400ms")
 
     def lose(self, percent: int) -> str:
         """Lose packets from the far end; returns how: where the kernel has no netem, a queue overflows."""
