@@ -120,13 +120,13 @@ CredentialsDirectory = Annotated[
         "--credentials",
         metavar="DIR",
         help="Certificates and key of the cluster.",
-        show_default="cluster/ under $HEADRACE_HOME or ~/.cache/headrace, made if absent",
+        show_default="cluster/ under $HEADRACE_HOME or ~/.cache/headrace",
     ),
 ]
 
 
 def cluster_credentials(directory: Path | None, *, make: bool) -> Credentials:
-    """The cluster's credentials; where the default directory has none yet, or with `make`, new ones.
+    """The cluster's credentials; with `make`, new ones where there are none yet.
 
     Raises CredentialsError, OSError.
     """
@@ -135,7 +135,7 @@ def cluster_credentials(directory: Path | None, *, make: bool) -> Credentials:
 
     where = home_dir() / "cluster" if directory is None else directory
     with unwinding():
-        return make_credentials(where) if make or directory is None else load_credentials(where)
+        return make_credentials(where) if make else load_credentials(where)
 
 
 def _key_name(number: int) -> str:

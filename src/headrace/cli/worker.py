@@ -50,7 +50,9 @@ def worker(
 
         gateways = tuple(address.strip() for address in join.split(",") if address.strip())
         _check_addresses(gateways, data_address)
-        shared = cluster_credentials(credentials, make=False)
+        # Who makes them where others have theirs only makes a cluster of its own, which nobody lets in.
+        at_home = credentials is None and not _elsewhere(gateways)
+        shared = cluster_credentials(credentials, make=at_home)
         files = find_model(model)
         engine = flags.engine(files, served_model_name, shared_kv=True, cache_key=shared.cluster_key)
         options = ProcessOptions(
@@ -72,7 +74,9 @@ def _check_addresses(gateways: tuple[str, ...], data_address: str) -> None:
     """Raise ValueError for what is no address, or where no other worker could reach this one."""
     if not gateways:
         raise ValueError("--join names no gateway; give HOST:PORT")
-    elsewhere = [address for address in gateways if split_host_port(address)[0] not in LOOPBACK]
+    if len(set(gateways)) < len(gateways):
+        raise ValueError(f"--join names a gateway twice: {', '.join(gateways)}")
+    elsewhere = _elsewhere(gateways)
     host, _ = split_host_port(data_address)
     if elsewhere and host in LOOPBACK:
         raise ValueError(
@@ -81,3 +85,8 @@ def _check_addresses(gateways: tuple[str, ...], data_address: str) -> None:
         )
     if host in ("0.0.0.0", "::"):
         raise ValueError(f"--data-address is told to other workers, and {host} is no address to dial")
+
+
+def _elsewhere(gateways: tuple[str, ...]) -> list[str]:
+    """Those that are not on this machine."""
+    return [address for address in gateways if split_host_port(address)[0] not in LOOPBACK]
