@@ -391,7 +391,7 @@ async def dial(house: House) -> Channel[FromGateway]:
 
 
 def worker_info(name: str, info: EngineInfo) -> WorkerInfo:
-    return WorkerInfo(worker_id=name, generation=1, role=Role.BOTH, transfers=False, engine=info)
+    return WorkerInfo(worker_id=name, generation=1, role=Role.BOTH, data_address="", engine=info)
 
 
 class Recorder(GatewayObserver):

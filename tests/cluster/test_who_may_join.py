@@ -49,7 +49,7 @@ NO_CHANNEL = cast(Channel[Any], None)
 
 def worker(name: str, **engine: Any) -> WorkerInfo:
     info = msgspec.structs.replace(ENGINE, **engine)
-    return WorkerInfo(worker_id=name, generation=1, role=Role.BOTH, transfers=False, engine=info)
+    return WorkerInfo(worker_id=name, generation=1, role=Role.BOTH, data_address="", engine=info)
 
 
 def test_the_first_worker_must_have_the_gateways_model() -> None:

@@ -76,7 +76,9 @@ class FaultHouse:
 
     def _launcher(self, name: str, role: Role) -> LocalLauncher:
         options = ProcessOptions(
-            worker=WorkerOptions(worker_id=name, role=role, step_timeout_s=STEP_TIMEOUT_S),
+            worker=WorkerOptions(
+                worker_id=name, role=role, data_address="127.0.0.1:0", step_timeout_s=STEP_TIMEOUT_S
+            ),
             engine=msgspec.Raw(msgspec.json.encode(self.shape)),
             engine_command=ENGINE,
         )

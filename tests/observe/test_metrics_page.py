@@ -34,7 +34,7 @@ INFO = EngineInfo(
 
 def exposed() -> dict[str, tuple[str, frozenset[str]]]:
     metrics = Metrics("m")
-    metrics.engine_up(WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, transfers=False, engine=INFO))
+    metrics.engine_up(WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, data_address="", engine=INFO))
     return {
         family.name.removeprefix(PREFIX): (
             family.type,

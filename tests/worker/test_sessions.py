@@ -77,7 +77,7 @@ def life(main: Callable[[Simulation, Session], Coroutine[Any, Any, None]]) -> li
 
     async def both(simulation: Simulation) -> None:
         _, engine = EngineShape().build()
-        info = WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, transfers=False, engine=engine)
+        info = WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, data_address="", engine=engine)
         session = Session(simulation.world("w"), "g:1", info, Idle(), lines.append)
         running = asyncio.create_task(session.run())
         await main(simulation, session)

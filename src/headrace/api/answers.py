@@ -198,6 +198,8 @@ class WorkerBlocks(_Answer):
 class WorkerAnswer(_Answer):
     id: str
     role: Literal["prefill", "decode", "both"]
+    data_address: str | None
+    """Where others fetch its blocks."""
     state: Literal["up", "suspect", "draining", "down"]
     why: str | None
     generation: str

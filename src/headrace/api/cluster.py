@@ -67,6 +67,7 @@ def _worker(member: Member, now: float) -> dict[str, Any]:
     return {
         "id": member.worker_id,
         "role": info.role,
+        "data_address": info.data_address or None,
         "state": member.state,
         "why": member.why_down or None,
         "generation": f"{info.generation:016x}",

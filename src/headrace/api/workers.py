@@ -39,6 +39,8 @@ class Pools:
     both: int = 0
     elsewhere: bool = False
     """All workers are started by others."""
+    data_address: str = "127.0.0.1:0"
+    """Where each of them serves KV blocks to others."""
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     """An engine that has not answered for so long is stuck, and is replaced."""
 
@@ -85,7 +87,12 @@ def launchers(
     found: dict[str, Launcher] = {}
     for name, role in roles.items():
         process = ProcessOptions(
-            worker=WorkerOptions(worker_id=name, role=role, step_timeout_s=pools.step_timeout_s),
+            worker=WorkerOptions(
+                worker_id=name,
+                role=role,
+                data_address=pools.data_address if options.shared_kv else None,
+                step_timeout_s=pools.step_timeout_s,
+            ),
             engine=engine,
             engine_command=engine_command,
         )

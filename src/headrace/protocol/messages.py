@@ -117,9 +117,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     """Drawn at random for each life of the engine; what was said of another life's blocks is void."""
     role: Role
-    transfers: bool
-    """Whether blocks can be fetched from it and by it."""
+    data_address: str
+    """Where its blocks are fetched; empty: it neither gives nor takes any."""
     engine: EngineInfo
+
+    @property
+    def transfers(self) -> bool:
+        """Whether blocks can be fetched from it and by it."""
+        return bool(self.data_address)
 
 
 # ---- worker to gateway -----------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class _Lease:
 
 
 class Exports:
-    """All exports of one life of an engine, from `listen` to `close`."""
+    """All exports of one life of an engine, from `listen` or `served_at` to `close`."""
 
     def __init__(
         self,
@@ -107,6 +107,7 @@ class Exports:
         self._leases: dict[str, _Lease] = {}
         self._by_token: dict[bytes, _Lease] = {}
         self._listener: Listener | None = None
+        self._address = ""
         self._readers: set[asyncio.Task[None]] = set()
         self._strangers: dict[asyncio.Task[None], None] = {}
         """Those of the readers that have not shown a token, in the order in which they came."""
@@ -120,7 +121,12 @@ class Exports:
 
     async def listen(self, address: str) -> None:
         """Serve blocks at `address`. Raises OSError, ValueError."""
-        self._listener = await self._world.network.listen(address, self._serve, plain=True)
+        self._listener = await self._world.network.listen(address, self.serve, plain=True)
+        self._address = self._listener.address
+
+    def served_at(self, address: str) -> None:
+        """Blocks are served at `address`: somebody listens there, plain, and hands connections to `serve`."""
+        self._address = address
 
     async def close(self) -> None:
         """The engine's life is over: read no more, and say nothing of it."""
@@ -138,7 +144,7 @@ class Exports:
 
     def offer(self, event: Exporting) -> Ticket:
         """An export was accepted: the ticket to fetch it with."""
-        if self._listener is None:
+        if not self._address:
             raise RuntimeError("exports are offered before blocks are served")
         self._numbers += 1
         token = blake2b(self._numbers.to_bytes(8, "big"), key=self._secret, digest_size=_TOKEN_BYTES).digest()
@@ -146,7 +152,7 @@ class Exports:
         self._leases[event.request_id] = self._by_token[token] = lease
         return Ticket(
             token=token,
-            address=self._listener.address,
+            address=self._address,
             worker_id=self._worker_id,
             generation=self._generation,
             kv_layout=self._pool.layout,
@@ -213,7 +219,8 @@ class Exports:
 
     # ---- who reads -----------------------------------------------------------------------------------
 
-    async def _serve(self, connection: Connection) -> None:
+    async def serve(self, connection: Connection) -> None:
+        """Serve one who dialled in, to the end."""
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("blocks are served outside of a task")

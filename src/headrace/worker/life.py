@@ -73,6 +73,7 @@ class EngineLife:
         self._stuck = False
         self._start_failure: str | None = None
         self._memory: Memory | None = None
+        self._data: Listener | None = None
         self._relay = Relay(world, self._tell)
         self.served_s: float | None = None
         """How long the engine has served; None for one that never did."""
@@ -94,9 +95,31 @@ class EngineLife:
     async def run(self) -> str | None:
         """See one engine through its life; returns how it was lost, or None when it was drained.
 
-        Raises CannotStartError when the engine says that it cannot start, RejectedError when no gateway takes
-        it. Cancelled, it ends the engine first.
+        Raises CannotStartError when the engine says that it cannot start, or nobody can listen at the data
+        address; RejectedError when no gateway takes it. Cancelled, it ends the engine first.
         """
+        await self._listen_for_readers()
+        try:
+            return await self._run()
+        finally:
+            if self._data is not None:
+                await self._data.close()
+
+    async def _listen_for_readers(self) -> None:
+        """Have the data address before anything is loaded."""
+        address = self._options.data_address
+        if address is None:
+            return
+        try:
+            self._data = await self._world.network.listen(address, self._serve_reader, plain=True)
+        except (OSError, ValueError) as error:
+            raise CannotStartError(f"--data-address cannot be had: {error}") from error
+
+    async def _serve_reader(self, connection: Connection) -> None:
+        if self._relay.exports is not None:  # else nothing can be fetched yet
+            await self._relay.exports.serve(connection)
+
+    async def _run(self) -> str | None:
         listener = await self._world.network.listen(self._engine_address, self._serve_engine)
         try:
             process = await self._launcher.launch(listener.address)
@@ -176,6 +199,8 @@ class EngineLife:
 
     async def _end(self, process: Process) -> None:
         """Stop all transfers, end the process."""
+        if self._data is not None:
+            await self._data.close()
         if self._relay.imports is not None:
             await self._relay.imports.close()
         if self._relay.exports is not None:
@@ -218,7 +243,7 @@ class EngineLife:
                 return
             if not isinstance(first, EngineReady):
                 raise ProtocolError(connection.peer, f"began with {type(first).__name__}, not EngineReady")
-            await self._begin(channel, first)
+            self._begin(channel, first)
             while (message := await channel.receive()) is not None:
                 if isinstance(message, EngineFailed):
                     self._lose(message.message)
@@ -229,13 +254,15 @@ class EngineLife:
             self._lose("")
         except ProtocolError as error:
             self._lose(f"nonsense: {error.reason}")
+        except OSError as error:  # its memory is not to be had
+            self._lose(f"its KV blocks: {error}")
 
-    async def _begin(self, channel: Channel[FromEngine], ready: EngineReady) -> None:
+    def _begin(self, channel: Channel[FromEngine], ready: EngineReady) -> None:
         """The engine stands: make what lives with it."""
         options, world = self._options, self._world
         generation = world.random.stream("generations").getrandbits(63)
         relay = self._relay
-        if ready.pool is not None:
+        if ready.pool is not None and self._data is not None:
             self._memory = world.open_memory(ready.pool.path, ready.pool.size)
             memory, layout = self._memory.buffer, ready.engine.kv_layout
             pool = Pool(memory, ready.pool.block_bytes, ready.pool.block_size, layout)
@@ -247,7 +274,7 @@ class EngineLife:
                 released=relay.export_released,
                 lease_s=options.lease_s,
             )
-            await relay.exports.listen(options.data_address)
+            relay.exports.served_at(self._data.address)
             relay.imports = Imports(
                 world, pool, to_engine=self._tell, settled=relay.import_settled, report=self._report
             )
@@ -255,7 +282,7 @@ class EngineLife:
             worker_id=options.worker_id,
             generation=generation,
             role=options.role,
-            transfers=ready.pool is not None,
+            data_address=self._data.address if relay.exports is not None and self._data is not None else "",
             engine=ready.engine,
         )
         relay.sessions = [Session(world, address, info, relay, self._report) for address in options.join]

@@ -15,8 +15,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     join: tuple[str, ...] = ()
     """Addresses of the cluster's gateways."""
     role: Role = Role.BOTH
-    data_address: str = "127.0.0.1:0"
-    """Where it serves KV blocks to other workers."""
+    data_address: str | None = None
+    """Where it serves KV blocks to other workers; None where there are no others."""
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     """An engine that has not answered for so long is stuck, and is ended."""
     lease_s: float = 30.0
