@@ -10,7 +10,7 @@ from collections.abc import Callable
 from headrace.cluster.ledger import Accepted, Ledger, Sample, Stage
 from headrace.cluster.observer import Ending, GatewayObserver
 from headrace.protocol.messages import SequenceTimes
-from headrace.protocol.requests import Finish, FinishReason, SequenceOutput
+from headrace.protocol.requests import ErrorCode, Finish, FinishReason, RequestError, SequenceOutput
 from headrace.world import World
 
 
@@ -53,6 +53,21 @@ class Delivery:
         if output.finish is not None:
             self._end(accepted, sample, output.index, output.finish, now, times)
         accepted.stream.deliver(output)
+
+    def end_all(self, accepted: Accepted, why: str) -> None:
+        """End what has not ended of a request, with UNAVAILABLE."""
+        error = RequestError(ErrorCode.UNAVAILABLE, why)
+        self._finish(accepted, list(accepted.samples), Finish(FinishReason.ERROR, error=error))
+
+    def end_cancelled(self, accepted: Accepted) -> None:
+        """End what nobody wants, where no worker will say so."""
+        unwanted = [index for index, sample in accepted.samples.items() if sample.cancelled]
+        self._finish(accepted, unwanted, Finish(FinishReason.CANCELLED))
+
+    def _finish(self, accepted: Accepted, samples: list[int], finish: Finish) -> None:
+        for index in samples:
+            output = SequenceOutput(accepted.request.request_id, index, finish=finish)
+            self.deliver(accepted, output, self._world.now())
 
     def _measure(self, accepted: Accepted, sample: Sample, output: SequenceOutput, now: float) -> None:
         if sample.tokens:

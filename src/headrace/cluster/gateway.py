@@ -43,7 +43,6 @@ from headrace.protocol.requests import (
     Finish,
     FinishReason,
     GenerateRequest,
-    RequestError,
     SequenceOutput,
 )
 from headrace.world import ConnectionLost, World
@@ -65,8 +64,8 @@ class Gateway:
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
         self._handoffs = Handoffs(self._options.split, self.registry, self._ledger, self)
-        self._replays = Replays(world, self._options, self.registry, self)
         self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
+        self._replays = Replays(world, self._options, self.registry, self._delivery, self)
 
     # ---- what it is like -----------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class Gateway:
             if at_prefill and accepted.deaths < self._options.max_deaths:
                 self._handoffs.prefill_over(accepted)
             else:
-                self.replay(accepted, f"{member.worker_id} was lost ({why})")
+                self._replays.again(accepted, f"{member.worker_id} was lost ({why})")
         self.tell_changed()
 
     def heard(self, member: Member, message: FromWorker) -> None:
@@ -161,6 +160,10 @@ class Gateway:
     def drain_worker(self, member: Member) -> None:
         """Let a worker go when what it has is over."""
         self.post(member, Drain())
+
+    def replayed(self) -> None:
+        """A request is to go on at another worker."""
+        self._observer.replayed()
 
     def handed_over(self, settled: ImportSettled) -> None:
         """A transfer has ended."""
@@ -179,6 +182,8 @@ class Gateway:
                 self._of_leg(accepted, output, now, times)
         if message.stats is not None:
             member.stats = message.stats
+            if message.stats.running + message.stats.waiting < member.most_samples:
+                self.has_room(member)
             self._observer.step(member.worker_id, message.stats)
 
     def _of_leg(
@@ -188,11 +193,26 @@ class Gateway:
             self._handoffs.prefilled(accepted, output, now, times)
             return
         if output.finish is not None and _is_workers_fault(output.finish):
-            self.replay(accepted, f"its worker gave it up ({_message(output.finish)})")
+            self._given_back(accepted, output.finish)
             return
         if output.finish is not None and accepted.home is not None:
             accepted.home.member.open_samples -= output.index in accepted.samples
         self.deliver(accepted, output, now, times)
+
+    def _given_back(self, accepted: Accepted, finish: Finish) -> None:
+        """Its worker ended it, and another one may do better."""
+        error = finish.error
+        full = error is not None and error.code is ErrorCode.OVERLOADED
+        if full and accepted.home is not None:
+            accepted.home.member.is_full = True
+        why = error.message if error is not None else finish.reason
+        self._replays.again(accepted, f"its worker gave it up ({why})", full=full)
+
+    def has_room(self, member: Member) -> None:
+        """What a worker had no room for a moment ago may be tried again."""
+        if member.is_full:
+            member.is_full = False
+            self.tell_changed()
 
     def deliver(
         self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None = None
@@ -326,36 +346,11 @@ class Gateway:
             if sample.counts_as is not FinishReason.STOP:  # complete is complete
                 sample.counts_as = counts_as
         if accepted.home is None:
-            self._end_cancelled(accepted)
+            self._delivery.end_cancelled(accepted)
         elif which:
             self.post(accepted.home.member, Cancel(accepted.home.name, index))
             if 0 in which:
                 self.leave_prefill(accepted)
-
-    # ---- replay --------------------------------------------------------------------------------------
-
-    def replay(self, accepted: Accepted, why: str) -> None:
-        """Its worker is gone or gave it up: go on elsewhere from what was delivered, or end it."""
-        now = self._world.now()
-        lost = accepted.home.member if accepted.home is not None else None
-        if accepted.home is not None:
-            self.post(accepted.home.member, Cancel(accepted.home.name))
-        self.leave_home(accepted)
-        self.leave_prefill(accepted)
-        self._end_cancelled(accepted)
-        if not accepted.samples:
-            return
-        if self._replays.give_up(accepted, lost, why):
-            return
-        accepted.journey.note(now, "replayed", lost.worker_id if lost else "", why=why)
-        self._observer.replayed()
-        self._replays.wait(accepted)
-
-    def _end_cancelled(self, accepted: Accepted) -> None:
-        """No worker is to say so any more."""
-        for index in [index for index, sample in accepted.samples.items() if sample.cancelled]:
-            output = SequenceOutput(accepted.request.request_id, index, finish=Finish(FinishReason.CANCELLED))
-            self.deliver(accepted, output, self._world.now())
 
     def _refused(self, name: str, reason: str) -> None:
         accepted = self._ledger.of_leg(name)
@@ -364,14 +359,7 @@ class Gateway:
         if accepted.prefill is not None and accepted.prefill.name == name:
             self._handoffs.prefill_over(accepted)
         else:
-            self.replay(accepted, f"its worker refused it ({reason})")
-
-    def end_all(self, accepted: Accepted, why: str) -> None:
-        """End what has not ended of a request, with UNAVAILABLE."""
-        finish = Finish(FinishReason.ERROR, error=RequestError(ErrorCode.UNAVAILABLE, why))
-        for index in list(accepted.samples):
-            output = SequenceOutput(accepted.request.request_id, index, finish=finish)
-            self.deliver(accepted, output, self._world.now())
+            self._replays.again(accepted, f"its worker refused it ({reason})")
 
     # ---- the end -------------------------------------------------------------------------------------
 
@@ -386,7 +374,7 @@ class Gateway:
             for leg in (accepted.home, accepted.prefill):
                 if leg is not None:
                     self.post(leg.member, Cancel(leg.name))
-            self.end_all(accepted, "the server stopped before the request had ended; send it again")
+            self._delivery.end_all(accepted, "the server stopped before the request had ended; send it again")
         await self._replays.close()
         for member in self.registry.live():
             if member.worker_id in dismiss:
@@ -411,7 +399,3 @@ class Gateway:
 def _is_workers_fault(finish: Finish) -> bool:
     """Whether another worker may do better."""
     return finish.error is not None and finish.error.code in (ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED)
-
-
-def _message(finish: Finish) -> str:
-    return finish.error.message if finish.error is not None else finish.reason

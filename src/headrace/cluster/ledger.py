@@ -67,8 +67,12 @@ class Accepted:
     prefill: Leg | None = None
     """Where its prompt is computed, or its blocks are held."""
     attempts: int = 0
+    """Workers that it was given to, one after another."""
+    failures: int = 0
+    """Attempts that went wrong; a worker without room is none."""
     deaths: int = 0
-    waits_since_s: float = 0.0
+    waits_since_s: float | None = None
+    """When it had no worker at last; how often it found one without room since does not matter."""
     ended: list[int] = field(default_factory=list)
     told_prompt: bool = False
     """Whether the number of cached tokens, and the prompt's log-probabilities, were delivered."""

@@ -29,7 +29,7 @@ class GatewayOptions:
     """How long a request that lost its worker waits for another."""
     replay_pause_s: float = 0.01
     """Between two replays, so that one worker's death does not become a flood at the others."""
-    max_attempts: int = 8
-    """How often a request is given to a worker, whatever went wrong."""
+    max_failures: int = 8
+    """Attempts at a request that may fail, whatever went wrong."""
     max_deaths: int = 2
     """Workers that may die under one request; it may be what kills them."""

@@ -53,6 +53,8 @@ class Member:
     """Samples of these that have not ended."""
     exports: int = 0
     """Prompts that it is to prefill for others."""
+    is_full: bool = False
+    """Whether it gave a request back for want of room, and has none by what it said since."""
 
     @property
     def worker_id(self) -> str:
@@ -64,7 +66,7 @@ class Member:
 
     @property
     def room(self) -> int:
-        return self.most_samples - self.open_samples
+        return 0 if self.is_full else self.most_samples - self.open_samples
 
     @property
     def load(self) -> float:

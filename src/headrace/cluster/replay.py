@@ -10,11 +10,13 @@ import asyncio
 from collections.abc import Collection
 from typing import Protocol
 
+from headrace.cluster.delivery import Delivery
 from headrace.cluster.ledger import Accepted, Stage
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import choose_home
 from headrace.cluster.registry import Member, Registry
 from headrace.protocol.channel import ProtocolError
+from headrace.protocol.messages import Cancel, FromGateway
 from headrace.world import World
 
 
@@ -24,17 +26,23 @@ class Desk(Protocol):
     @property
     def is_draining(self) -> bool: ...
     def place(self, accepted: Accepted) -> None: ...
-    def end_all(self, accepted: Accepted, why: str) -> None: ...
+    def leave_home(self, accepted: Accepted) -> None: ...
+    def leave_prefill(self, accepted: Accepted) -> None: ...
+    def post(self, member: Member, message: FromGateway) -> None: ...
+    def replayed(self) -> None: ...
     async def wait_changed(self) -> None: ...
 
 
 class Replays:
     """All that waits for a worker at one gateway."""
 
-    def __init__(self, world: World, options: GatewayOptions, registry: Registry, desk: Desk) -> None:
+    def __init__(
+        self, world: World, options: GatewayOptions, registry: Registry, delivery: Delivery, desk: Desk
+    ) -> None:
         self._world = world
         self._options = options
         self._registry = registry
+        self._delivery = delivery
         self._desk = desk
         self._waiting: dict[Accepted, None] = {}  # in the order of their coming
         self._counted: dict[tuple[str, int], list[Accepted]] = {}  # deaths by engine, while they matter
@@ -51,26 +59,47 @@ class Replays:
         for accepted in self._counted.pop((member.worker_id, member.info.generation), []):
             accepted.deaths -= 1
 
-    def give_up(self, accepted: Accepted, lost: Member | None, why: str) -> bool:
-        """End a request that may not be tried again at another worker than `lost`; False: it may."""
-        options = self._options
-        if accepted.attempts >= options.max_attempts:
-            end = f"{accepted.attempts} attempts at the request failed; {why}"
-        elif accepted.deaths >= options.max_deaths:
-            end = f"{accepted.deaths} workers were lost under the request; {why}"
-        elif lost is not None and not self._registry.expects_other(lost, self._world.now()):
-            end = f"the engine was lost under the request: {why}; send it again"
-        elif self._desk.is_draining:
-            end = f"the server is shutting down, and {why}; send it again"
-        else:
-            return False
-        self._desk.end_all(accepted, end)
-        return True
+    def again(self, accepted: Accepted, why: str, *, full: bool = False) -> None:
+        """Its worker is gone or gave it up: go on elsewhere from what was delivered, or end it.
+
+        A worker that was `full` has done nothing wrong: the request waits as if it had not been tried there.
+        """
+        desk, home = self._desk, accepted.home
+        lost = home.member if home is not None else None
+        if home is not None:
+            desk.post(home.member, Cancel(home.name))
+        desk.leave_home(accepted)
+        desk.leave_prefill(accepted)
+        self._delivery.end_cancelled(accepted)
+        if not accepted.samples:
+            return
+        if not full:
+            accepted.failures += 1
+            accepted.waits_since_s = None
+        if over := self._why_over(accepted, None if full else lost, why):
+            self._delivery.end_all(accepted, over)
+            return
+        accepted.journey.note(self._world.now(), "replayed", lost.worker_id if lost else "", why=why)
+        desk.replayed()
+        self.wait(accepted)
+
+    def _why_over(self, accepted: Accepted, lost: Member | None, why: str) -> str:
+        """Why a request may not be tried again; empty: it may."""
+        if accepted.failures >= self._options.max_failures:
+            return f"{accepted.failures} attempts at the request failed; {why}"
+        if accepted.deaths >= self._options.max_deaths:
+            return f"{accepted.deaths} workers were lost under the request; {why}"
+        if lost is not None and not self._registry.expects_other(lost, self._world.now()):
+            return f"the engine was lost under the request: {why}; send it again"
+        if self._desk.is_draining:
+            return f"the server is shutting down, and {why}; send it again"
+        return ""
 
     def wait(self, accepted: Accepted) -> None:
         """Place a request as soon as a worker has room."""
         accepted.stage = Stage.WAITING
-        accepted.waits_since_s = self._world.now()
+        if accepted.waits_since_s is None:
+            accepted.waits_since_s = self._world.now()
         self._waiting[accepted] = None
         if self._placing is None or self._placing.done():
             self._placing = asyncio.create_task(self._place_all(), name="gateway.replay")
@@ -93,22 +122,28 @@ class Replays:
         most_s = self._options.replay_timeout_s
         while self._waiting:
             now = self._world.now()
-            for accepted in [one for one in self._waiting if now >= one.waits_since_s + most_s]:
-                self._desk.end_all(accepted, f"no other worker was free within {most_s:g} s; send it again")
+            for accepted in [one for one in self._waiting if now >= self._patience_ends_s(one)]:
+                self._delivery.end_all(
+                    accepted, f"no other worker was free within {most_s:g} s; send it again"
+                )
             live = list(self._registry.live())
             fits = (one for one in self._waiting if choose_home(live, len(one.samples)) is not None)
             if (first := next(fits, None)) is not None:
                 self._place(first)
                 await asyncio.sleep(self._options.replay_pause_s)
             elif self._waiting:
-                oldest_s = min(one.waits_since_s for one in self._waiting)
+                ends_s = min(self._patience_ends_s(one) for one in self._waiting)
                 changed = asyncio.ensure_future(self._desk.wait_changed())
-                await asyncio.wait({changed}, timeout=oldest_s + most_s - now)
+                await asyncio.wait({changed}, timeout=ends_s - now)
                 changed.cancel()
+
+    def _patience_ends_s(self, accepted: Accepted) -> float:
+        since_s = accepted.waits_since_s
+        return (self._world.now() if since_s is None else since_s) + self._options.replay_timeout_s
 
     def _place(self, accepted: Accepted) -> None:
         del self._waiting[accepted]
         try:
             self._desk.place(accepted)
         except ProtocolError as error:  # with all that was generated it fits no message any more
-            self._desk.end_all(accepted, error.reason)
+            self._delivery.end_all(accepted, error.reason)

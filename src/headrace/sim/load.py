@@ -221,9 +221,7 @@ class Load:
             self.endings[answer.endings.get(index, "left")] += 1
 
     def _excuse(self, error: RequestError, request: GenerateRequest, gateway: Gateway) -> None:
-        """An error must come of two deaths, of waiting in vain, of a lone worker's or a gateway's death, or
-        of queues that another gateway has filled.
-        """
+        """An error must come of two deaths, of waiting in vain, of a lone worker's or a gateway's death."""
         (journey,) = gateway.journeys.of(request.request_id)
         replayed = any(entry.what in ("replayed", "prefill worker lost") for entry in journey.entries)
         decoders = sum(worker.role.decodes for worker in self._cluster.workers.values())
@@ -231,11 +229,8 @@ class Load:
         # A gateway that began anew expects only those workers back that it has met, and one whose clock has
         # jumped believes that it has waited long for them.
         alone = decoders == 1 or bool(former or self._cluster.stepped & set(self._cluster.gateways))
-        # Of the queue of a worker each gateway knows what it has put there itself.
-        crowded = len(self._cluster.gateways) > 1
         if not (
             gateway in former
-            or (crowded and "attempts at the request failed" in error.message and "limit is" in error.message)
             or (replayed and "workers were lost under the request" in error.message)
             or (replayed and "no other worker was free within" in error.message)
             or (alone and "the engine was lost under the request" in error.message)
