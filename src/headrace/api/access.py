@@ -6,6 +6,7 @@ may have is asked later, when it is known what the request wants.
 
 from __future__ import annotations
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api.errors import ApiError
@@ -39,3 +40,14 @@ def caller_of(scope: Scope) -> Caller | None:
     """Who sent a request that was let in; None where everybody is."""
     caller: Caller | None = scope.get("state", {}).get(CALLER)
     return caller
+
+
+def check_operator(request: Request) -> None:
+    """Raises ApiError 403 where the caller's key is no operator's; without keys everybody is one."""
+    caller = caller_of(request.scope)
+    if caller is not None and not caller.operator:
+        raise ApiError(
+            403,
+            f"the key {caller.name!r} is no operator's; use one of --api-key, or one with `operator = true`",
+            code="not_operator",
+        )

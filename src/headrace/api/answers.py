@@ -251,6 +251,7 @@ class DrainAnswer(_Answer):
 ERROR_MEANINGS = {
     400: "the request can never be served as it is; `param` names the field, the message its limit",
     401: "no key, or a wrong one",
+    403: "the key is not an operator's, or a page of an origin that is not named sent the request",
     404: "no such model",
     408: "the request's timeout passed and it was cancelled, or its body stopped coming",
     413: "the body is larger than the server reads",

@@ -9,11 +9,13 @@ import asyncio
 from typing import Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from headrace.api.access import check_operator
 from headrace.api.answers import ClusterAnswer, DrainAnswer, JourneysAnswer, errors
 from headrace.api.errors import ApiError
+from headrace.api.origins import check_origin
 from headrace.api.served import Server
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
@@ -32,9 +34,12 @@ def cluster_routes(server: Server) -> APIRouter:
         workers = [_worker(member, now) for member in gateway.registry]
         return _json({"state": gateway.state, "open_sequences": gateway.open_samples, "workers": workers})
 
-    @router.get("/cluster/requests/{request_id}", responses={200: {"model": JourneysAnswer}, **errors(404)})
-    async def explain(request_id: str) -> Response:
+    @router.get(
+        "/cluster/requests/{request_id}", responses={200: {"model": JourneysAnswer}, **errors(403, 404)}
+    )
+    async def explain(request: Request, request_id: str) -> Response:
         """What happened to one of the last requests, by the id in its answer; one way for each prompt."""
+        check_operator(request)
         name = request_id
         for prefix in _ID_PREFIXES:
             name = name.removeprefix(prefix)
@@ -48,10 +53,12 @@ def cluster_routes(server: Server) -> APIRouter:
 
     @router.post(
         "/cluster/workers/{worker_id}/drain",
-        responses={200: {"model": DrainAnswer}, **errors(400, 404, 408, 413, 422)},
+        responses={200: {"model": DrainAnswer}, **errors(400, 403, 404, 408, 413, 422)},
     )
-    async def drain(worker_id: str) -> Response:
+    async def drain(request: Request, worker_id: str) -> Response:
         """Give a worker nothing new, and have it leave when what it has is over."""
+        check_origin(request, server.options.cors_origins)
+        check_operator(request)
         member = gateway.registry.get(worker_id)
         if member is None or not member.is_live:
             raise ApiError(404, f"there is no worker {worker_id!r}; GET /cluster lists those that there are")

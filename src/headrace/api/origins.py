@@ -2,14 +2,20 @@
 
 In: every HTTP request. Out: the same; to a browser's question beforehand (a preflight) its answer. Origins
 are what is restricted: a header that a page of a named origin sends tells the server nothing that it trusts.
+
+A browser sends some requests without asking beforehand, for pages of any origin. What must not be done for
+those is guarded by `check_origin`.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -46,3 +52,30 @@ class NamedOrigins(CORSMiddleware):
         headers = {name: value for name, value in decided.headers.items() if name not in own}
         MutableHeaders(raw=refused.raw_headers).update(headers)
         return refused
+
+
+def check_origin(request: Request, named: Collection[str]) -> None:
+    """Raise ApiError 403 for a request that a browser sends for a page that is neither named nor our own."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        if request.headers.get("sec-fetch-site") != "cross-site":
+            return
+        origin = "another origin"
+    elif "*" in named or origin in named or _is_own(origin, request):
+        return
+    raise ApiError(
+        403,
+        f"pages of {origin[:100]!r} may not do this; --cors-origin names who may",
+        code="origin_not_allowed",
+    )
+
+
+def _is_own(origin: str, request: Request) -> bool:
+    """Whether it is this server by its address. A name may be anybody's, who lets it lead here."""
+    host = request.url.hostname or ""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host != "localhost":
+            return False
+    return urlsplit(origin)[:2] == (request.url.scheme, request.url.netloc)

@@ -47,6 +47,7 @@ class Caller:
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
         """`clock` gives seconds."""
         self.name = key.name
+        self.operator = key.operator
         self._clock = clock
         now = clock()
         self._requests = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, now)

@@ -45,7 +45,9 @@ class HttpFlags:
     ] = None
     api_keys: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="TOML file of keys with limits for each.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="TOML file of clients' keys with limits for each.", show_default=False
+        ),
     ] = None
     cors_origin: Annotated[
         list[str] | None,
@@ -68,7 +70,10 @@ class HttpFlags:
 
     def serving(self) -> ServingOptions:
         """Raises ValueError, OSError for what cannot be."""
-        keys = [ApiKey.of(key, _key_name(number)) for number, key in enumerate(self.api_key or (), 1)]
+        keys = [
+            ApiKey.of(key, _key_name(number), operator=True)
+            for number, key in enumerate(self.api_key or (), 1)
+        ]
         return ServingOptions(
             keys=(*keys, *(read_keys(self.api_keys) if self.api_keys is not None else ())),
             cors_origins=tuple(self.cors_origin or ()),

@@ -29,6 +29,8 @@ class ApiKey:
     tokens_per_minute: int | None = None
     """Prompt and output together."""
     concurrent_requests: int | None = None
+    operator: bool = False
+    """Whether it may drain workers, and look into everybody's requests."""
 
     def __post_init__(self) -> None:
         for limit in ("requests_per_minute", "tokens_per_minute", "concurrent_requests"):
@@ -37,11 +39,11 @@ class ApiKey:
                 raise ValueError(f"{limit} of the key {self.name!r} must be at least 1, got {value}")
 
     @classmethod
-    def of(cls, key: str, name: str) -> ApiKey:
+    def of(cls, key: str, name: str, *, operator: bool = False) -> ApiKey:
         """A key without limits. Raises ValueError for what no header can carry."""
         if not key or any(character.isspace() for character in key):
             raise ValueError(f"the key {name!r} is empty or has spaces in it; no client could send it")
-        return cls(name, hashlib.sha256(key.encode()).digest())
+        return cls(name, hashlib.sha256(key.encode()).digest(), operator=operator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent_requests: int | None = None
+    operator: bool = False
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,4 +117,5 @@ def _key_of(entry: _Entry, path: Path) -> ApiKey:
         entry.requests_per_minute,
         entry.tokens_per_minute,
         entry.concurrent_requests,
+        entry.operator,
     )
