@@ -76,6 +76,7 @@ def test_options_reach_their_parts(serve: Any, tmp_path: Path) -> None:
     assert [key.name for key in serving.keys] == ["default", "default 2", "filed"]
     assert [key.digest for key in serving.keys] == [digest("first"), digest("second"), digest("third")]
     assert serving.keys[2].concurrent_requests == 2
+    assert [key.operator for key in serving.keys] == [True, True, False]
     assert serving.cors_origins == ("https://a.example",)
     assert (serving.max_body_bytes, serving.max_prompt_characters) == (1 << 20, 99)
     assert serving.request_timeout_s == 2.5
@@ -99,3 +100,24 @@ def test_what_cannot_be_is_said_without_the_key(serve: Any, tmp_path: Path) -> N
         assert code == 1, output
         assert "headrace: error:" in output
         assert "cret" not in output
+
+
+def test_where_workers_of_other_machines_may_join_they_can_fetch_blocks(serve: Any, tmp_path: Path) -> None:
+    home = {"HEADRACE_HOME": str(tmp_path)}
+    for options, words in (
+        (("--listen", "10.0.0.1:7000"), "with --listen 10.0.0.1:7000 they may join"),
+        (("--listen", "0.0.0.0:7000", "--data-address", "0.0.0.0:0"), "no address to dial"),
+        (("--prefill", "1", "--decode", "1", "--data-address", "127.0.0.1:7200"), "one port for 2 workers"),
+        (("--listen", "nowhere"), "expected HOST:PORT"),
+    ):
+        code, output, _ = serve(*options, environment=home)
+        assert code == 1, output
+        assert words in " ".join(output.split())
+    code, output, given = serve(
+        *("--listen", "10.0.0.1:7000", "--data-address", "10.0.0.1:0"), environment=home
+    )
+    assert code == 0, output
+    assert given["pools"].data_address == "10.0.0.1:0"
+    code, _, given = serve("--listen", "127.0.0.1:7000", environment=home)
+    assert code == 0
+    assert given["pools"].data_address == "127.0.0.1:0"

@@ -11,7 +11,13 @@ from headrace.cli.groups import spread
 from headrace.cli.http_options import ConfigFile, CredentialsDirectory, HttpFlags, SplitFlags
 from headrace.cli.options import DEFAULTS, Model
 from headrace.cli.serving import serve_http
-from headrace.cli.worker_options import WorkerFlags
+from headrace.cli.worker_options import (
+    DEFAULT_DATA_ADDRESS,
+    DataAddress,
+    WorkerFlags,
+    check_data_address,
+    is_loopback,
+)
 
 
 @spread
@@ -37,16 +43,24 @@ def serve(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Let workers of elsewhere join here.", show_default=False),
     ] = None,
+    data_address: DataAddress = DEFAULT_DATA_ADDRESS,
     credentials: CredentialsDirectory = None,
 ) -> None:
     """Serve MODEL over HTTP. SIGTERM drains, Ctrl-C stops; a second signal stops at once."""
     with clear_errors():
         from headrace.api.workers import Pools
 
+        outside = listen is not None and not is_loopback(listen)
+        check_data_address(data_address, f"with --listen {listen} they may join" if outside else "")
+        pools = Pools(prefill, decode, both, data_address=data_address, step_timeout_s=workers.step_timeout)
+        if len(pools.roles()) > 1 and not data_address.endswith(":0"):
+            raise ValueError(
+                f"--data-address {data_address} has one port for {len(pools.roles())} workers; give port 0"
+            )
         serve_http(
             model,
             lambda files: workers.engine(files, http.served_model_name, max_waiting=max_waiting),
-            Pools(prefill, decode, both, step_timeout_s=workers.step_timeout),
+            pools,
             http=http,
             split=split,
             listen=listen,

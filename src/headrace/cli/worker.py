@@ -16,11 +16,14 @@ from headrace.cli.groups import spread
 from headrace.cli.http_options import CredentialsDirectory, ServedModelName, cluster_credentials, say
 from headrace.cli.options import Model
 from headrace.cli.serving import find_model
-from headrace.cli.worker_options import WorkerFlags
+from headrace.cli.worker_options import (
+    DEFAULT_DATA_ADDRESS,
+    DataAddress,
+    WorkerFlags,
+    check_data_address,
+    is_loopback,
+)
 from headrace.protocol.messages import Role
-from headrace.world.network import split_host_port
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @spread
@@ -33,10 +36,7 @@ def worker(
     name: Annotated[
         str | None, typer.Option(help="Its name in the cluster.", show_default="role, host and process")
     ] = None,
-    data_address: Annotated[
-        str,
-        typer.Option(metavar="HOST:PORT", help="Where it serves KV blocks to other workers; port 0 is any."),
-    ] = "127.0.0.1:0",
+    data_address: DataAddress = DEFAULT_DATA_ADDRESS,
     credentials: CredentialsDirectory = None,
     served_model_name: ServedModelName = None,
     *,
@@ -49,9 +49,14 @@ def worker(
         from headrace.world import real_world
 
         gateways = tuple(address.strip() for address in join.split(",") if address.strip())
-        _check_addresses(gateways, data_address)
+        if not gateways:
+            raise ValueError("--join names no gateway; give HOST:PORT")
+        if len(set(gateways)) < len(gateways):
+            raise ValueError(f"--join names a gateway twice: {', '.join(gateways)}")
+        elsewhere = next((address for address in gateways if not is_loopback(address)), None)
+        check_data_address(data_address, f"the gateway at {elsewhere} is of another" if elsewhere else "")
         # Who makes them where others have theirs only makes a cluster of its own, which nobody lets in.
-        at_home = credentials is None and not _elsewhere(gateways)
+        at_home = credentials is None and elsewhere is None
         shared = cluster_credentials(credentials, make=at_home)
         files = find_model(model)
         engine = flags.engine(files, served_model_name, shared_kv=True, cache_key=shared.cluster_key)
@@ -68,25 +73,3 @@ def worker(
         say(f"{options.worker.worker_id}: joining {', '.join(gateways)}")
         asyncio.run(run_worker(real_world(shared), options, say))
         say("stopped")
-
-
-def _check_addresses(gateways: tuple[str, ...], data_address: str) -> None:
-    """Raise ValueError for what is no address, or where no other worker could reach this one."""
-    if not gateways:
-        raise ValueError("--join names no gateway; give HOST:PORT")
-    if len(set(gateways)) < len(gateways):
-        raise ValueError(f"--join names a gateway twice: {', '.join(gateways)}")
-    elsewhere = _elsewhere(gateways)
-    host, _ = split_host_port(data_address)
-    if elsewhere and host in LOOPBACK:
-        raise ValueError(
-            f"--data-address is {data_address}, where workers of other machines could not fetch KV blocks, "
-            f"and the gateway at {elsewhere[0]} is of another; give this machine's own address"
-        )
-    if host in ("0.0.0.0", "::"):
-        raise ValueError(f"--data-address is told to other workers, and {host} is no address to dial")
-
-
-def _elsewhere(gateways: tuple[str, ...]) -> list[str]:
-    """Those that are not on this machine."""
-    return [address for address in gateways if split_host_port(address)[0] not in LOOPBACK]

@@ -23,9 +23,42 @@ from headrace.cli.options import (
 )
 from headrace.config import EngineOptions, parse_size
 from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
+from headrace.world.network import split_host_port
 
 if TYPE_CHECKING:
     from headrace.store import ModelFiles
+
+DEFAULT_DATA_ADDRESS = "127.0.0.1:0"
+DataAddress = Annotated[
+    str,
+    typer.Option(
+        "--data-address",
+        metavar="HOST:PORT",
+        help="Where KV blocks are served to other workers; port 0 is any.",
+    ),
+]
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can dial HOST:PORT. Raises ValueError for what is no address."""
+    return split_host_port(address)[0] in _LOOPBACK
+
+
+def check_data_address(data_address: str, elsewhere: str) -> None:
+    """Raise ValueError for what is no address, or where no other worker could fetch.
+
+    `elsewhere` says why there may be workers of other machines; it is empty where there are none.
+    """
+    host, _ = split_host_port(data_address)
+    if elsewhere and host in _LOOPBACK:
+        raise ValueError(
+            f"--data-address is {data_address}, where workers of other machines could not fetch KV blocks, "
+            f"and {elsewhere}; give this machine's own address"
+        )
+    if host in _EVERYWHERE:
+        raise ValueError(f"--data-address is told to other workers, and {host} is no address to dial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
