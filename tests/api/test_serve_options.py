@@ -121,3 +121,18 @@ def test_where_workers_of_other_machines_may_join_they_can_fetch_blocks(serve: A
     code, _, given = serve("--listen", "127.0.0.1:7000", environment=home)
     assert code == 0
     assert given["pools"].data_address == "127.0.0.1:0"
+
+
+def test_the_memory_of_all_workers_is_looked_at_before_any_starts(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.worker.memory.available_memory", lambda: 3 << 30)
+    code, output, _ = serve("--kv-cache-memory", "1GiB", "--decode", "3")
+    assert code == 0, output
+    code, output, _ = serve("--kv-cache-memory", "1GiB", "--decode", "4")
+    assert code == 1
+    assert "out of memory: each of 4 workers needs" in output
+    assert "--kv-cache-memory is 1 GiB" in output.replace("1.0", "1")
+    code, output, _ = serve("--kv-cache-memory", "4GiB")
+    assert code == 1
+    assert "out of memory: the engine needs" in output

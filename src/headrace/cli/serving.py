@@ -50,7 +50,12 @@ def serve_http(
 
     from headrace.api.service import Service
     from headrace.api.workers import Door
+    from headrace.worker.memory import check_memory
 
+    try:
+        check_memory((tensor.shape for tensor in files.tensors.values()), options, len(pools.roles()))
+    except MemoryError as error:
+        raise ValueError(f"out of memory: {error}") from error
     service = Service(
         files,
         options,

@@ -9,20 +9,19 @@ the engine cannot be built as asked (the gateway was told why) or has failed (wi
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from headrace.config import EngineOptions, format_size
+from headrace.config import EngineOptions
 from headrace.protocol.engine_messages import PoolInfo
 from headrace.store import open_model
 from headrace.worker.loop import report_start_failure, serve
+from headrace.worker.memory import check_memory
 from headrace.world import real_world
 from headrace.world.launcher import die_with_parent
-from headrace.world.machine import available_memory
 
 if TYPE_CHECKING:
     from headrace.execution.build import BuiltEngine
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
     die_with_parent(int(parent))
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineOptions)
     try:
-        _check_memory(options)
+        check_memory((t.shape for t in open_model(Path(options.directory)).tensors.values()), options)
         built = _build(options)
     except (ValueError, OSError, MemoryError) as error:  # told to the supervisor, which tells the gateways
         message = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
@@ -61,20 +60,6 @@ def _pool(built: BuiltEngine) -> PoolInfo | None:
     if memory is None:
         return None
     return PoolInfo(memory.path, memory.nbytes, info.block_bytes, info.block_size)
-
-
-def _check_memory(options: EngineOptions) -> None:
-    """Raise MemoryError when weights and KV cache cannot both fit: the kernel would kill the engine later."""
-    files = open_model(Path(options.directory))
-    element_bytes = 4 if options.dtype == "float32" else 2
-    weights = sum(math.prod(tensor.shape) for tensor in files.tensors.values()) * element_bytes
-    available = available_memory()
-    if available is not None and weights + options.kv_cache_memory > available:
-        raise MemoryError(
-            f"weights need {format_size(weights)} and --kv-cache-memory is "
-            f"{format_size(options.kv_cache_memory)}, and {format_size(available)} are available; "
-            "lower it, or free memory"
-        )
 
 
 if __name__ == "__main__":
