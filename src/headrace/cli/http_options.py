@@ -149,8 +149,10 @@ def _key_name(number: int) -> str:
 
 
 def say(line: str) -> None:
-    """Tell people something on standard error."""
+    """Tell people something on standard error; serving goes on where that cannot be."""
     try:
         print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # whoever read our words has left; serving goes on
+    except BrokenPipeError:  # whoever read our words has left
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+    except OSError:  # a full disk takes none of our words now, and perhaps later
+        pass

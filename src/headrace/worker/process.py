@@ -103,6 +103,8 @@ def _say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:  # nobody reads; what is to be said is of no interest any more
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except OSError:  # a full disk takes none of our words now, and perhaps later
+        pass
 
 
 if __name__ == "__main__":
