@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import urllib.error
@@ -28,7 +29,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show the workers of a running server: role, state, load, blocks."""
     with clear_errors():
-        answer = ask(url, "/cluster", api_key)
+        answer = ask(url, "/cluster", api_key, expects=("workers", "state", "open_sequences"))
         if as_json:
             print(json.dumps(answer, indent=2))
         else:
@@ -43,7 +44,12 @@ def explain(
 ) -> None:
     """Show what happened to REQUEST: where it went, what was transferred, how it ended."""
     with clear_errors():
-        answer = ask(url, f"/cluster/requests/{urllib.parse.quote(request, safe='')}", api_key)
+        answer = ask(
+            url,
+            f"/cluster/requests/{urllib.parse.quote(request, safe='')}",
+            api_key,
+            expects=("requests",),
+        )
         if as_json:
             print(json.dumps(answer, indent=2))
             return
@@ -62,7 +68,7 @@ def drain(
     """Let WORKER finish what it has, give it nothing new, and have it leave."""
     with clear_errors():
         path = f"/cluster/workers/{urllib.parse.quote(worker, safe='')}/drain"
-        answer = ask(url, path, api_key, method="POST")
+        answer = ask(url, path, api_key, method="POST", expects=("open_sequences",))
         print(f"{worker} drains: {answer['open_sequences']} sequences to end", file=sys.stderr)
 
 
@@ -90,6 +96,7 @@ def _detail(name: str, value: str | int | float) -> str:
 
 def _show_status(answer: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -103,9 +110,9 @@ def _show_status(answer: dict[str, Any]) -> None:
     for worker in answer["workers"]:
         blocks = worker["blocks"]
         table.add_row(
-            worker["id"],
+            escape(worker["id"]),
             worker["role"],
-            worker["state"] + (f": {worker['why']}" if worker["why"] else ""),
+            escape(worker["state"] + (f": {worker['why']}" if worker["why"] else "")),
             f"{worker['running']}",
             f"{worker['waiting']}",
             f"{worker['prefills']}",
@@ -117,19 +124,30 @@ def _show_status(answer: dict[str, Any]) -> None:
     console.print(table)
 
 
-def ask(url: str, path: str, api_key: str | None = None, *, method: str = "GET") -> dict[str, Any]:
-    """The answer to one request. Raises OSError with what the server said is wrong."""
+def ask(
+    url: str, path: str, api_key: str | None = None, *, method: str = "GET", expects: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The answer to one request, an object with at least the fields that it `expects`.
+
+    Raises OSError with what the server said is wrong, or why it said nothing.
+    """
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(base + path, method=method, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
+            found = json.load(answer)
     except urllib.error.HTTPError as error:
         raise OSError(_said(error)) from None
     except urllib.error.URLError as error:
         raise OSError(f"no server answers at {base}: {error.reason}") from None
+    except (http.client.HTTPException, ValueError, ConnectionError):
+        raise OSError(f"what answers at {base} is no Headrace server; give its HTTP address") from None
+    except TimeoutError:
+        raise OSError(f"the server at {base} does not answer within {TIMEOUT_S:g} s") from None
+    if not isinstance(found, dict) or not found.keys() >= set(expects):
+        raise OSError(f"what answers at {base} is no Headrace server: {path} has no {expects[0]!r}")
+    return found
 
 
 def _said(error: urllib.error.HTTPError) -> str:

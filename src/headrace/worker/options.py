@@ -25,6 +25,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if not self.worker_id or not self.worker_id.isprintable() or len(self.worker_id) > 100:
             raise ValueError(f"worker_id must have 1 to 100 printable characters, got {self.worker_id!r}")
+        if "/" in self.worker_id:
+            raise ValueError(f"worker_id is part of paths and has no '/' in it, got {self.worker_id!r}")
         for name in ("step_timeout_s", "lease_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -1,0 +1,87 @@
+"""`headrace status` and its like, against whatever may answer at an address."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from typer.testing import CliRunner
+
+from headrace.cli.app import app
+from headrace.worker import WorkerOptions
+
+BLOCKS = {"total": 10, "held": 1, "leased": 0}
+WORKER = {
+    "id": "[/x]",
+    "role": "both",
+    "state": "down",
+    "why": "lost [bold]there[/nothing]",
+    "blocks": BLOCKS,
+    **dict.fromkeys(("running", "waiting", "prefills", "step", "heard_s_ago"), 0),
+}
+
+
+@contextmanager
+def answering(words: bytes) -> Iterator[str]:
+    """The address of a server that says this to everybody."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(words)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def http(answer: object) -> bytes:
+    body = json.dumps(answer).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def test_names_and_reasons_are_no_markup() -> None:
+    with answering(http({"state": "ready", "open_sequences": 0, "workers": [WORKER]})) as url:
+        code, output = run("status", "--url", url)
+    assert code == 0, output
+    assert "[/x]" in output
+    assert "down: lost [bold]there[/nothing]" in output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"\x15\x03\x03\x00\x02\x02\x46",  # TLS: the port where workers join
+        b"220 mail.example ready\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nword",
+        http([1]),
+        http({"fine": True}),
+        b"",
+    ],
+)
+@pytest.mark.parametrize("command", [("status",), ("explain", "x"), ("drain", "x")])
+def test_what_is_no_headrace_server_is_said_in_one_line(words: bytes, command: tuple[str, ...]) -> None:
+    with answering(words) as url:
+        code, output = run(*command, "--url", url)
+    assert code == 1
+    (line,) = output.splitlines()
+    assert line.startswith(f"headrace: error: what answers at {url} is no Headrace server")
+
+
+def test_a_name_that_no_path_could_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no '/' in it, got 'a/b'"):
+        WorkerOptions(worker_id="a/b")
