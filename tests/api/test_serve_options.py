@@ -136,3 +136,7 @@ def test_the_memory_of_all_workers_is_looked_at_before_any_starts(
     code, output, _ = serve("--kv-cache-memory", "4GiB")
     assert code == 1
     assert "out of memory: the engine needs" in output
+
+
+def test_how_many_may_wait_is_an_option_of_a_joining_worker_too() -> None:
+    assert "--max-waiting" in CliRunner().invoke(app, ["worker", "--help"], env={"COLUMNS": "200"}).output

@@ -152,9 +152,9 @@ class Service:
         names = list(self._pools.roles())
         said = f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}"
         if names:
-            said += f", {options.threads} thread{'s' * (options.threads > 1)}"
-        if len(names) > 1:
-            said += f", workers {', '.join(names)}"
+            each = max(1, options.threads // len(names))
+            said += f", workers {', '.join(names)} with" if len(names) > 1 else ","
+            said += f" {each} thread{'s' * (each > 1)}{' each' * (len(names) > 1)}"
         if self._door is not None:
             said += f"; workers may join at {self._door.address}"
         return said

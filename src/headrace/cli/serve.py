@@ -9,7 +9,7 @@ import typer
 from headrace.cli.errors import clear_errors
 from headrace.cli.groups import spread
 from headrace.cli.http_options import ConfigFile, CredentialsDirectory, HttpFlags, SplitFlags
-from headrace.cli.options import DEFAULTS, Model
+from headrace.cli.options import Model
 from headrace.cli.serving import serve_http
 from headrace.cli.worker_options import (
     DEFAULT_DATA_ADDRESS,
@@ -24,9 +24,6 @@ from headrace.cli.worker_options import (
 def serve(
     model: Model,
     http: HttpFlags,
-    max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that may wait; more get 429.")
-    ] = DEFAULTS.max_waiting,
     *,
     workers: WorkerFlags,
     prefill: Annotated[int, typer.Option(min=0, help="Workers that prefill long prompts for others.")] = 0,
@@ -59,7 +56,7 @@ def serve(
             )
         serve_http(
             model,
-            lambda files: workers.engine(files, http.served_model_name, max_waiting=max_waiting),
+            lambda files: workers.engine(files, http.served_model_name),
             pools,
             http=http,
             split=split,

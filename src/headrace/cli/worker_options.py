@@ -73,6 +73,9 @@ class WorkerFlags:
     max_num_batched_tokens: MaxNumBatchedTokens = DEFAULTS.max_num_batched_tokens
     kv_cache_memory: KvCacheMemory = DEFAULT_KV_CACHE_MEMORY
     block_size: BlockSize = DEFAULTS.block_size
+    max_waiting: Annotated[int, typer.Option(min=1, help="Sequences that may wait; more get 429.")] = (
+        DEFAULTS.max_waiting
+    )
     no_prefix_caching: NoPrefixCaching = False
     batch_invariant: BatchInvariant = False
     step_timeout: Annotated[
@@ -94,6 +97,7 @@ class WorkerFlags:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_memory=parse_size(self.kv_cache_memory),
+            max_waiting=self.max_waiting,
             block_size=self.block_size,
             prefix_caching=not self.no_prefix_caching,
             batch_invariant=self.batch_invariant,

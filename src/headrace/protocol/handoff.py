@@ -49,7 +49,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """The right to fetch the blocks of one export. Data: whoever has it may, until the source says no."""
 
     token: bytes
-    """Unguessable; it travels on encrypted channels only."""
+    """Unguessable. It is told over the control channel, and shown in plain on the data plane."""
     address: str
     """Where the source serves blocks."""
     worker_id: str
