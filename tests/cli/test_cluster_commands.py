@@ -82,6 +82,12 @@ def test_what_is_no_headrace_server_is_said_in_one_line(words: bytes, command: t
     assert line.startswith(f"headrace: error: what answers at {url} is no Headrace server")
 
 
+def test_an_address_without_its_scheme_is_refused() -> None:
+    code, output = run("status", "--url", "127.0.0.1:8000")
+    assert code == 1
+    assert output == ("headrace: error: --url 127.0.0.1:8000 is no address of HTTP; give http://HOST:PORT\n")
+
+
 def test_a_name_that_no_path_could_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="has no '/' in it, got 'a/b'"):
         WorkerOptions(worker_id="a/b")

@@ -129,9 +129,11 @@ def ask(
 ) -> dict[str, Any]:
     """The answer to one request, an object with at least the fields that it `expects`.
 
-    Raises OSError with what the server said is wrong, or why it said nothing.
+    Raises OSError with what the server said is wrong, or why it said nothing; ValueError for no address.
     """
     base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ValueError(f"--url {url} is no address of HTTP; give http://HOST:PORT")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(base + path, method=method, headers=headers)
     try:
