@@ -4,7 +4,7 @@ It runs in a process of its own and never computes, so that it answers at once w
 
     launch ─▶ engine ready ─▶ member of each gateway ─▶ engine lost, failed or stuck ─▶ leave, pause, launch
        │
-       └▶ the engine says that it cannot start, or never served: the end
+       └▶ the engine says that it cannot start, or ends by itself before it serves: the end
 
 One life of an engine has one generation number, one pool of blocks, and one membership in each cluster. With
 the engine all of these end: gateways replay what it had, and tickets for its blocks are void.
@@ -99,7 +99,7 @@ class Supervisor:
             if how is None:
                 return
             served = served or life.served_s is not None
-            if not served:
+            if not served and not how.startswith("SIG"):  # nobody killed it: it would end so again
                 await self._tell_failed(f"the engine did not start: {how}")
                 raise EngineLostError(f"the engine did not start: {how}")
             losses = 1 if life.served_s is not None and life.served_s >= STABLE_AFTER_S else losses + 1
