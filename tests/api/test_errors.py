@@ -244,7 +244,7 @@ def test_full_dead_restarted_and_draining() -> None:
             assert httpx.head(house.url + path).status_code == 503
         error = error_of(httpx.post(house.url + CHAT, json=HELLO), 503)
         assert error["type"] == "service_unavailable_error"
-        assert "started again" in error["message"]
+        assert "no engine serves now" in error["message"]
 
         house.start_worker()
         assert httpx.get(f"{house.url}/ready").status_code == 200
