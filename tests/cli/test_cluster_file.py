@@ -68,6 +68,7 @@ def test_what_is_not_said_is_left_to_the_command_line(tmp_path: Path) -> None:
         ({"pools": {"decode": {"replica": 1}}}, "pools.decode.replica: is not a known field"),
         ({"pools": {"decode": {"replicas": -1}}}, "pools.decode.replicas: input should be greater"),
         ({"engine": {"threads": "two"}}, "engine.threads: input should be a valid integer"),
+        ({"engine": {"kv_cache_memory": "lots"}}, "engine.kv_cache_memory: 'lots' is not a size"),
         ([1], "has no fields"),
         (None, "has no fields"),
     ],
@@ -86,3 +87,16 @@ def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
     path.write_text("a: [")
     with pytest.raises(ValueError, match="is not YAML"):
         read_cluster(path)
+
+
+def test_a_key_that_comes_twice(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("pools: {decode: {replicas: 1}}\npools: {decode: {replicas: 2}}\n")
+    with pytest.raises(ValueError, match="the key 'pools' comes twice"):
+        read_cluster(path)
+
+
+def test_a_section_without_a_field_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("engine:\npools:\n  decode: {replicas: 1}\n")
+    assert read_cluster(path).as_options() == {"decode": 1, "no_prefix_caching": False}

@@ -170,6 +170,7 @@ def test_how_sequences_end() -> None:
             house.gateway.submit(request("long", prompt=[1] * 1000))
         assert Page(metrics).labelled("request_refused_total", reason="invalid") == 1
 
+        await house.grow_old()
         lost = house.gateway.submit(request("lost", max_tokens=100))
         await anext(lost)
         await house.kill_worker()

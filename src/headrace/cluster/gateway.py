@@ -7,7 +7,7 @@ is asked of it is bounded: what the workers would have to queue beyond their lim
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 
@@ -21,7 +21,7 @@ from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import choose_home, may_split
 from headrace.cluster.readiness import GatewayState, Readiness
-from headrace.cluster.registry import Member, Registry
+from headrace.cluster.registry import Member, MemberState, Registry
 from headrace.cluster.replay import Replays
 from headrace.cluster.stream import OutputStream
 from headrace.engine.limits import ModelLimits, RequestRefused, check_request
@@ -32,7 +32,6 @@ from headrace.protocol.messages import (
     EngineInfo,
     FromGateway,
     FromWorker,
-    ImportSettled,
     Outputs,
     Refused,
     SequenceTimes,
@@ -52,9 +51,15 @@ class Gateway:
     """Between clients and workers. Everything happens on one event loop."""
 
     def __init__(
-        self, world: World, observer: GatewayObserver | None = None, options: GatewayOptions | None = None
+        self,
+        world: World,
+        observer: GatewayObserver | None = None,
+        options: GatewayOptions | None = None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """`report` gets a line for people whenever a worker's state is another one."""
         self._world = world
+        self._report = report
         self._observer = observer or GatewayObserver()
         self._options = options or GatewayOptions()
         self._epoch = f"{world.random.stream('gateway epoch').getrandbits(32):08x}"
@@ -63,9 +68,9 @@ class Gateway:
         self._readiness = Readiness(self.registry)
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
-        self._handoffs = Handoffs(self._options.split, self.registry, self._ledger, self)
+        self._handoffs = Handoffs(self._options.split, self.registry, self._ledger, self._observer, self)
         self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
-        self._replays = Replays(world, self._options, self.registry, self._delivery, self)
+        self._replays = Replays(world, self._options, self.registry, self._delivery, self._observer, self)
 
     # ---- what it is like -----------------------------------------------------------------------------
 
@@ -125,12 +130,19 @@ class Gateway:
         self._replays.returned(member)
         self._readiness.member_up(member)
 
+    def member_became(self, member: Member, state: MemberState) -> None:
+        """A member's state is another one; one that is lost is told of by `member_lost`."""
+        self._report(f"{member.worker_id} is {state.in_words}")
+        self.tell_changed()
+
     def member_failed(self, message: str) -> None:
         """A worker says that it will not come."""
         self._readiness.member_failed(message)
 
     def member_lost(self, member: Member, why: str, *, died: bool) -> None:
         """Go on elsewhere with all that it had, or end it."""
+        if not self.is_draining:
+            self._report(f"{member.worker_id} is gone: {why}")
         self._observer.engine_lost(member.worker_id)
         for name in sorted(member.legs):  # in an order that does not depend on hashes
             accepted = self._ledger.of_leg(name)
@@ -160,14 +172,6 @@ class Gateway:
     def drain_worker(self, member: Member) -> None:
         """Let a worker go when what it has is over."""
         self.post(member, Drain())
-
-    def replayed(self) -> None:
-        """A request is to go on at another worker."""
-        self._observer.replayed()
-
-    def handed_over(self, settled: ImportSettled) -> None:
-        """A transfer has ended."""
-        self._observer.handed_over(settled)
 
     # ---- outputs -------------------------------------------------------------------------------------
 

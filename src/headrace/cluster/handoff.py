@@ -15,6 +15,7 @@ import msgspec
 
 from headrace.cluster.journey import Journey
 from headrace.cluster.ledger import Accepted, Ledger, Stage
+from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import SplitPolicy
 from headrace.cluster.placement import choose_prefill
 from headrace.cluster.registry import Member, Registry
@@ -47,16 +48,23 @@ class Desk(Protocol):
     def deliver(
         self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None = None
     ) -> None: ...
-    def handed_over(self, settled: ImportSettled) -> None: ...
 
 
 class Handoffs:
     """All handoffs of one gateway; what it knows of each is in the ledger."""
 
-    def __init__(self, policy: SplitPolicy, registry: Registry, ledger: Ledger, desk: Desk) -> None:
+    def __init__(
+        self,
+        policy: SplitPolicy,
+        registry: Registry,
+        ledger: Ledger,
+        observer: GatewayObserver,
+        desk: Desk,
+    ) -> None:
         self._policy = policy
         self._registry = registry
         self._ledger = ledger
+        self._observer = observer
         self._desk = desk
 
     def choose(self, home: Member) -> Member | None:
@@ -132,7 +140,7 @@ class Handoffs:
     def _settled(self, accepted: Accepted, settled: ImportSettled) -> None:
         if not settled.imported and 0 not in accepted.samples:
             return  # its sample ended before: the pull was given up, it did not fail
-        self._desk.handed_over(settled)
+        self._observer.handed_over(settled)
         if settled.imported:
             self._note(
                 accepted,

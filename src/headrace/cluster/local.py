@@ -38,7 +38,7 @@ class LocalCluster:
     ) -> None:
         """`launchers`, by the names of the workers, start each worker's process. At `listen` others join."""
         self._listen = listen
-        self.gateway = Gateway(world, observer, options)
+        self.gateway = Gateway(world, observer, options, report)
         self._keepers = [Keeper(world, name, launcher, report) for name, launcher in launchers.items()]
         self._report = report
         self._started = False

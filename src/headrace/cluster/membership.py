@@ -44,7 +44,7 @@ class Host(Protocol):
     def member_lost(self, member: Member, why: str, *, died: bool) -> None: ...
     def heard(self, member: Member, message: FromWorker) -> None: ...
     def has_room(self, member: Member) -> None: ...
-    def tell_changed(self) -> None: ...
+    def member_became(self, member: Member, state: MemberState) -> None: ...
 
 
 class Membership:
@@ -166,7 +166,7 @@ class Membership:
     def _become(self, member: Member, state: MemberState) -> None:
         member.state = state
         self._world.trace("gateway.state", member.worker_id, state)
-        self._host.tell_changed()
+        self._host.member_became(member, state)
 
     async def _watch_members(self) -> None:
         """Say that we live; suspect who is silent, and give up who is silent for too long."""

@@ -25,6 +25,11 @@ class MemberState(enum.StrEnum):
     DRAINING = "draining"
     DOWN = "down"
 
+    @property
+    def in_words(self) -> str:
+        """For people, after a worker's name."""
+        return {"up": "heard again", "suspect": "silent; others get what is new"}.get(self, str(self))
+
 
 class Unfit(Exception):
     """A worker that cannot be part of this cluster; the text names what does not fit."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.ledger import Accepted, Stage
+from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import choose_home
 from headrace.cluster.registry import Member, Registry
@@ -29,7 +30,6 @@ class Desk(Protocol):
     def leave_home(self, accepted: Accepted) -> None: ...
     def leave_prefill(self, accepted: Accepted) -> None: ...
     def post(self, member: Member, message: FromGateway) -> None: ...
-    def replayed(self) -> None: ...
     async def wait_changed(self) -> None: ...
 
 
@@ -37,12 +37,19 @@ class Replays:
     """All that waits for a worker at one gateway."""
 
     def __init__(
-        self, world: World, options: GatewayOptions, registry: Registry, delivery: Delivery, desk: Desk
+        self,
+        world: World,
+        options: GatewayOptions,
+        registry: Registry,
+        delivery: Delivery,
+        observer: GatewayObserver,
+        desk: Desk,
     ) -> None:
         self._world = world
         self._options = options
         self._registry = registry
         self._delivery = delivery
+        self._observer = observer
         self._desk = desk
         self._waiting: dict[Accepted, None] = {}  # in the order of their coming
         self._counted: dict[tuple[str, int], list[Accepted]] = {}  # deaths by engine, while they matter
@@ -80,7 +87,7 @@ class Replays:
             self._delivery.end_all(accepted, over)
             return
         accepted.journey.note(self._world.now(), "replayed", lost.worker_id if lost else "", why=why)
-        desk.replayed()
+        self._observer.replayed()
         self.wait(accepted)
 
     def _why_over(self, accepted: Accepted, lost: Member | None, why: str) -> str:

@@ -6,17 +6,25 @@ goes first. Everything is checked before anything starts, and what is not known 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from headrace.config.engine import Dtype, Quantization
+from headrace.config.sizes import parse_size
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, content: Any) -> Any:
+        """A section without a field says nothing."""
+        return {} if content is None else content
 
 
 class Pool(_Section):
@@ -59,6 +67,13 @@ class EngineSection(_Section):
     step_timeout: float | None = Field(default=None, ge=1.0)
     """Seconds after which a step is taken for stuck."""
 
+    @field_validator("kv_cache_memory")
+    @classmethod
+    def _size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
+        return text
+
 
 class ClusterFile(_Section):
     """The whole file."""
@@ -86,10 +101,20 @@ class ClusterFile(_Section):
         return {name: value for name, value in found.items() if value is not None}
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML forbids a key that comes twice; the library takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_cluster(path: Path) -> ClusterFile:
     """Raises OSError, ValueError that names file, place and what is wrong."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -100,4 +125,6 @@ def read_cluster(path: Path) -> ClusterFile:
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"]))
         what = "is not a known field" if first["type"] == "extra_forbidden" else first["msg"].lower()
+        if first["type"] == "value_error":  # our own words
+            what = str(first["ctx"]["error"])
         raise ValueError(f"{path}: {where}: {what}") from None
