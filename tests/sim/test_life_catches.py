@@ -12,6 +12,7 @@ import pytest
 
 from headrace.cluster import Gateway
 from headrace.cluster.ledger import Accepted
+from headrace.cluster.replay import Replays
 from headrace.sim.cluster import Violation
 from headrace.sim.life import live, plan
 from headrace.worker.imports import Imports
@@ -22,13 +23,13 @@ Patch = pytest.MonkeyPatch
 
 
 def give_up_at_the_first_death(patch: Patch) -> None:
-    real = Gateway.replay
+    real = Replays.again
 
-    def replay(self: Gateway, accepted: Accepted, why: str) -> None:
+    def again(self: Replays, accepted: Accepted, why: str, *, full: bool = False) -> None:
         accepted.deaths = 2
-        real(self, accepted, why)
+        real(self, accepted, why, full=full)
 
-    patch.setattr(Gateway, "replay", replay)
+    patch.setattr(Replays, "again", again)
 
 
 def keep_lost_samples_in_the_books(patch: Patch) -> None:

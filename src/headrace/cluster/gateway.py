@@ -132,7 +132,8 @@ class Gateway:
 
     def member_became(self, member: Member, state: MemberState) -> None:
         """A member's state is another one; one that is lost is told of by `member_lost`."""
-        self._report(f"{member.worker_id} is {state.in_words}")
+        if not self.is_draining:
+            self._report(f"{member.worker_id} is {state.in_words}")
         self.tell_changed()
 
     def member_failed(self, message: str) -> None:
