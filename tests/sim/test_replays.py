@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headrace.cluster import Gateway
+from headrace.cluster import Gateway, GatewayState
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.messages import Role
 from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest, SamplingParams
@@ -164,6 +164,7 @@ def test_workers_on_their_way_out_are_named_as_the_reason() -> None:
             gateway.submit(request("late"))
         assert refused.value.error.code is ErrorCode.UNAVAILABLE
         assert "shutting down" in refused.value.error.message
+        assert gateway.state is GatewayState.READY and not gateway.takes_requests
         await asyncio.gather(*streams)
 
     in_cluster(body)

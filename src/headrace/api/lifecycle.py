@@ -37,7 +37,7 @@ def lifecycle_routes(server: Server) -> APIRouter:
     @router.get("/ready", responses=_STATES)
     async def ready() -> Response:
         """200 when the model answers now."""
-        return state(server.gateway.state is GatewayState.READY)
+        return state(server.gateway.takes_requests)
 
     @router.get("/version", responses={200: {"model": VersionAnswer}})
     async def version() -> Response:

@@ -91,6 +91,10 @@ class Gateway:
         return self._readiness.state
 
     @property
+    def takes_requests(self) -> bool:
+        return self._readiness.takes_requests
+
+    @property
     def info(self) -> EngineInfo | None:
         """What the engines have in common, also of the last one that is gone."""
         return self._readiness.info

@@ -51,6 +51,12 @@ class Readiness:
         return GatewayState.DEAD if gone else GatewayState.STARTING
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether a new request would find a worker that is not on its way out."""
+        decoding = (member for member in self._registry.live() if member.info.role.decodes)
+        return not self.is_draining and any(member.takes_more for member in decoding)
+
+    @property
     def info(self) -> EngineInfo | None:
         """What the engines have in common, read from any of them; also of the last one that is gone."""
         return reference(self._registry.live()) or reference(self._registry)
