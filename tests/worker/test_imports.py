@@ -16,7 +16,9 @@ from headrace.worker.imports import Imports
 IDENTITIES = [b"0"]
 
 
-def settle(address: str) -> tuple[list[ImportSettled], list[Continue | Release], list[str]]:
+def settle(
+    address: str, generated: list[int] | None = None
+) -> tuple[list[ImportSettled], list[Continue | Release], list[str]]:
     """What is said of one import whose ticket names this address: to the gateway, the engine, and people."""
     told: list[ImportSettled] = []
     orders: list[Continue | Release] = []
@@ -44,12 +46,18 @@ def settle(address: str) -> tuple[list[ImportSettled], list[Continue | Release],
                 identities=IDENTITIES,
             ),
         )
-        imports.begin("r", [5])
+        imports.begin("r", [5] if generated is None else generated)
         await asyncio.sleep(1.0)
         await imports.close()
 
     run(main, max_virtual_s=100.0)
     return told, orders, lines
+
+
+def test_a_pull_that_is_given_up_before_it_began_settles_the_import() -> None:
+    (settled,), orders, _ = settle("source:1", generated=[])
+    assert settled.cause is Cause.ABANDONED
+    assert orders == [Continue("r", False, [])]
 
 
 def test_a_ticket_without_an_address_is_a_source_that_cannot_be_reached() -> None:

@@ -16,6 +16,7 @@ and ends the pull; one with tokens that all blocks are computed, so the rest of 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ from headrace.world import World
 @dataclass(slots=True, eq=False)
 class _Import:
     reserved: Reserved
-    pull: asyncio.Task[None] | None = None
+    pull: asyncio.Task[Fetched] | None = None
     settled: ImportSettled | None = None
     generated: list[int] | None = None
     """What the gateway said to begin with."""
@@ -76,7 +77,10 @@ class Imports:
         """Fill the blocks; a second wish is ignored."""
         one = self._open.get(request_id)
         if one is not None and one.pull is None and one.settled is None and not one.dropped:
-            one.pull = asyncio.create_task(self._pull(request_id, one, ticket), name="worker.pull")
+            pull = fetch(self._world, self._pool, one.reserved, ticket, one.patience)
+            one.pull = asyncio.create_task(pull, name="worker.pull")
+            # Not the end of a coroutine of our own: one that is cancelled before it began never runs at all.
+            one.pull.add_done_callback(functools.partial(self._pulled, request_id, one, ticket))
 
     def begin(self, request_id: str, generated: list[int]) -> None:
         """Decode after these tokens; see the module's words."""
@@ -105,19 +109,20 @@ class Imports:
         else:
             one.pull.cancel()
 
-    async def _pull(self, request_id: str, one: _Import, ticket: Ticket) -> None:
+    def _pulled(self, request_id: str, one: _Import, ticket: Ticket, pull: asyncio.Task[Fetched]) -> None:
+        """A pull has ended, in whatever way."""
         fetched: Fetched | None = None
         cause, reason = Cause.ABANDONED, "nobody computes the blocks any more"
-        try:
-            fetched = await fetch(self._world, self._pool, one.reserved, ticket, one.patience)
-        except TransferFailed as failure:
-            cause, reason = failure.cause, str(failure)
-        except asyncio.CancelledError:
-            if self._open.get(request_id) is not one:
-                raise  # closed
-        except Exception as error:  # a defect here, or a ticket that nobody foresaw: the prompt is computed
+        error = None if pull.cancelled() else pull.exception()
+        if self._open.get(request_id) is not one:
+            return  # closed
+        if isinstance(error, TransferFailed):
+            cause, reason = error.cause, str(error)
+        elif error is not None:  # a defect here, or a ticket that nobody foresaw: the prompt is computed
             cause, reason = Cause.LOST, f"the pull failed with {type(error).__name__}: {error}"
             self._report(f"KV blocks from {ticket.worker_id} at {ticket.address}: {reason}")
+        elif not pull.cancelled():
+            fetched = pull.result()
         one.pull = None
         self._world.trace("import", request_id, "imported" if fetched else reason)
         if fetched is None:
