@@ -16,8 +16,53 @@ class SplitPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingOptions:
+    """Which worker a request goes to. Weights are plain numbers; a term of weight 0 does not count."""
+
+    policy: str = "cost"
+    """Name of a built-in policy, or `module:Class` of one's own."""
+    prefix_cache_weight: float = 1.0
+    """Of the prompt's blocks that a worker would have to compute."""
+    queue_length_weight: float = 1.0
+    """Of the prompt tokens that wait there."""
+    decode_load_weight: float = 0.5
+    """Of what it decodes already."""
+    hotspot_prevention: bool = True
+    """Whether a popular prefix spreads to more workers when those that hold it are busier than others."""
+    min_cache_hit_ratio: float = 0.0
+    """A worker that holds a smaller share of the prompt's blocks is compared by its load alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLevels:
+    """What a request may expect (SLO)."""
+
+    ttft_s: float = 0.2
+    tpot_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionOptions:
+    """Whether a request may come in, by what it would have to wait."""
+
+    policy: str = "predictive"
+    """`predictive`, or `naive`: queue length times average time."""
+    early_rejection: bool = False
+    """Whether anything is refused before the queues are full."""
+    low_priority_threshold_s: float = 0.5
+    """A low-priority request is refused when its predicted TTFT is above this."""
+    reject_on_slo_violation: bool = False
+    """Whether a normal one is refused when its predicted TTFT or TPOT is above the SLO."""
+    degrade: tuple[str, ...] = ()
+    """What may be taken from a request before it is refused, in this order: `n`, `max_tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
     split: SplitPolicy = SplitPolicy()
+    routing: RoutingOptions = RoutingOptions()
+    slo: ServiceLevels = ServiceLevels()
+    admission: AdmissionOptions = AdmissionOptions()
     revision: str = ""
     """The model's, where the gateway has its files: workers of another one are refused."""
     heartbeat_s: float = 1.0
