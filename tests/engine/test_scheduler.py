@@ -396,9 +396,27 @@ def test_one_that_does_not_fit_is_looked_up_again_only_when_something_came_back(
     s = scheduler(num_blocks=10)
     s.add(request("a", tokens(8), max_tokens=4))
     s.add(request("big", tokens(30, first=3)))
+    assert looked == ["a", "big"]  # what each will have to compute is foreseen as it comes
+    looked.clear()
     while find(s, "big").state is State.WAITING:
         step(s)
     assert looked == ["a", "big", "big"]
+
+
+def test_what_is_queued_counts_prompt_tokens_that_the_cache_does_not_have() -> None:
+    s = scheduler(num_blocks=40)
+    s.add(request("a", tokens(8), max_tokens=4))
+    assert s.queued_tokens == 8
+    while not s.is_empty:
+        step(s)
+        s.take_outputs()
+    assert s.queued_tokens == 0
+    s.add(request("again", [*tokens(8), *tokens(9, first=12)]))
+    assert s.queued_tokens == 9
+    s.add(request("other", tokens(5, first=15)))
+    assert s.queued_tokens == 14
+    s.cancel("other")
+    assert s.queued_tokens == 9
 
 
 # ---- several steps in flight ---------------------------------------------------------------------------

@@ -14,12 +14,15 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
         self._members: set[Sequence] = set()
+        self.tokens = 0
+        """To be computed for those that wait."""
 
     def __len__(self) -> int:
         return len(self._members)
 
     def push(self, sequence: Sequence) -> None:
         self._members.add(sequence)
+        self.tokens += sequence.queued_tokens
         heapq.heappush(self._heap, (sequence.rank, sequence))
 
     def first(self) -> Sequence | None:
@@ -31,6 +34,7 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that waits here: the first, which starts, or any other, which has ended."""
         self._members.remove(sequence)
+        self.tokens -= sequence.queued_tokens
         if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [entry for entry in self._heap if entry[1] in self._members]
             heapq.heapify(self._heap)

@@ -18,7 +18,7 @@ from headrace.engine.intake import (
 from headrace.engine.limits import RequestRefused
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.planner import Planner
-from headrace.engine.sequence import State
+from headrace.engine.sequence import Sequence, State
 from headrace.protocol.handoff import HandoffEvent, Leg
 from headrace.protocol.requests import (
     ErrorCode,
@@ -64,11 +64,20 @@ class Scheduler(Planner):
         sequences = new_sequences(request, progress, leg, offload_above, self.config, root, self._arrivals)
         self._arrivals += 1
         self._requests[name] = sequences
+        self._expect(sequences[0])
         self._waiting.push(sequences[0])
         self._num_blocked += len(sequences) - 1
         if leg is Leg.EXPORT:
             self._handoffs.accepted(sequences[0], shared_salt(request))
         self._idle = False
+
+    def _expect(self, sequence: Sequence) -> None:
+        """Foresee what a sequence that comes in will have computed here; an import's prompt is elsewhere's."""
+        if sequence.handoff is None or sequence.handoff.leg is Leg.EXPORT:
+            cached = 0
+            if sequence.reads_cache and self.config.reuse_prefix:
+                cached = self.cache.match(sequence).length
+            sequence.queued_tokens = len(sequence.tokens) - cached
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or its sample `index`; one that has ended already is left alone.
@@ -143,6 +152,16 @@ class Scheduler(Planner):
             if sequence.handoff is not None:
                 empty += len(sequence.handoff.blocks()) * size
         return self.cache.pool.held * size - empty
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are still to be computed, for those that wait and those that run. O(running)."""
+        running = 0
+        for sequence in self._running:
+            left = len(sequence.tokens) - sequence.computed
+            if left > 1:
+                running += left
+        return self._waiting.tokens + running
 
     @property
     def has_work(self) -> bool:

@@ -95,6 +95,8 @@ class Sequence:
     published: int = 0
     """Full blocks offered to the prefix cache."""
 
+    queued_tokens: int = 0
+    """To be computed when it starts, as far as was known when it began to wait: the router is told."""
     cached_tokens: int | None = None
     """Prompt tokens found in the cache when first admitted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -67,6 +67,11 @@ class Channel(Generic[Received]):
         """The other side's address, for messages to people."""
         return self._connection.peer
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the peer reads too slowly: what can be said later, or never, should not be said now."""
+        return self._connection.is_behind
+
     def post(self, message: msgspec.Struct) -> None:
         """Queue a message and return at once.
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import msgspec
 
 from headrace.protocol.handoff import HandoffEvent
-from headrace.protocol.messages import Cancel, EngineInfo, SequenceTimes, StartFailed, StepStats, Submit
+from headrace.protocol.messages import (
+    Cancel,
+    EngineInfo,
+    KVEvents,
+    SequenceTimes,
+    StartFailed,
+    StepStats,
+    Submit,
+)
 from headrace.protocol.requests import SequenceOutput
 
 
@@ -38,6 +46,10 @@ class Stepped(msgspec.Struct, frozen=True, tag=True):
     stats: StepStats
     times: list[SequenceTimes]
     handoffs: list[HandoffEvent]
+    taken: list[str] = []
+    """Requests taken in since the last of these messages."""
+    kv: KVEvents | None = None
+    """How the prefix cache has changed since then, if it has."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

@@ -23,7 +23,7 @@ import msgspec
 from headrace.protocol.handoff import Cause, Leg, Ticket
 from headrace.protocol.requests import GenerateRequest, Progress, SequenceOutput
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Role(enum.StrEnum):
@@ -40,6 +40,18 @@ class Role(enum.StrEnum):
     @property
     def prefills_for_others(self) -> bool:
         return self is not Role.DECODE
+
+
+class BlockNames(msgspec.Struct, frozen=True):
+    """What the identity of a KV block is made from, beside its tokens and a key that only workers and
+    gateways of one cluster have."""
+
+    fingerprint: bytes
+    """Weights, precision, layout."""
+    group: int
+    """The group of layers whose blocks are told of."""
+    key_check: str
+    """Equal ones are of equal keys and fingerprints."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +74,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int
     weight_bytes: int
     prefix_caching: bool
+    block_names: BlockNames | None = None
+    """How its KV blocks are named; None where nobody else could compute their names."""
     kv_layout: str
     """How bytes lie in a KV block: blocks of equal layout can be copied from one engine's pool to another."""
     threads: int
@@ -81,6 +95,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     kernel_s: float
     running: int
     waiting: int
+    queued_tokens: int = 0
+    """Prompt tokens of these that are still to be computed, without those that the prefix cache has."""
     blocks_free: int
     blocks_cached: int
     blocks_held: int
@@ -150,6 +166,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     step: int
     """Steps that the engine has run; a number that stands still while requests run tells of a stuck step."""
     silent_s: float
+    kv_event: int = 0
+    """The last that was said of the prefix cache; who has asked for them and stands elsewhere missed some."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -159,6 +177,28 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
     stats: StepStats | None = None
     times: list[SequenceTimes] = []
     """One for each ending among the outputs, in order; none from an engine that has failed."""
+    taken: list[str] = []
+    """Attempts that the engine has taken in since its last word: from here on they are in its numbers."""
+
+
+class KVEvents(msgspec.Struct, frozen=True, tag=True):
+    """What became of the blocks of a worker's prefix cache, from event `since` to event `number`.
+
+    Only what came of it: an identity is in one list at most. Who stands at another event than `since` has
+    missed some, and asks for a snapshot.
+    """
+
+    since: int
+    number: int
+    stored: list[bytes]
+    removed: list[bytes]
+
+
+class KVSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """All blocks that can be found in a worker's prefix cache at event `number`; events follow from there."""
+
+    number: int
+    identities: list[bytes]
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -279,6 +319,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     index: int | None = None
 
 
+class KVWanted(msgspec.Struct, frozen=True, tag=True):
+    """Say what the prefix cache has, and from then on how that changes."""
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """Take nothing new, let what runs end, and leave."""
 
@@ -288,6 +332,8 @@ FromWorker = (
     | StartFailed
     | Heartbeat
     | Outputs
+    | KVEvents
+    | KVSnapshot
     | Refused
     | ImportReserved
     | ImportDeclined
@@ -297,4 +343,4 @@ FromWorker = (
     | Draining
     | Leaving
 )
-FromGateway = Welcome | Rejected | Beat | Submit | Fetch | Begin | Cancel | Drain
+FromGateway = Welcome | Rejected | Beat | Submit | Fetch | Begin | Cancel | KVWanted | Drain

@@ -16,7 +16,6 @@ import asyncio
 from collections import deque
 
 from headrace.engine import Engine, StepPlan, StepResult, num_samples
-from headrace.engine.blocks import BlockRemoved
 from headrace.protocol.channel import Channel
 from headrace.protocol.engine_messages import (
     Accepted,
@@ -31,9 +30,18 @@ from headrace.protocol.engine_messages import (
     Stepped,
     ToEngine,
 )
-from headrace.protocol.handoff import Held, Leg
-from headrace.protocol.messages import Cancel, EngineInfo, StartFailed, StepStats, Submit
+from headrace.protocol.handoff import HandoffEvent, Held, Leg
+from headrace.protocol.messages import (
+    Cancel,
+    EngineInfo,
+    KVEvents,
+    SequenceTimes,
+    StartFailed,
+    StepStats,
+    Submit,
+)
 from headrace.protocol.requests import SequenceOutput
+from headrace.worker.kv_report import KVReport, told_group
 from headrace.worker.times import Stopwatch
 from headrace.world import ConnectionLost, World
 
@@ -81,7 +89,9 @@ class _Loop:
         self._open: dict[str, set[int]] = {}  # samples of accepted requests that have not ended
         self._times = Stopwatch()
         self._last_step = 0
-        self._evictions = 0
+        self._taken: list[str] = []
+        self._kv = KVReport(told_group(engine.scheduler.cache.groups))
+        self._kv_changed: KVEvents | None = None
 
     async def run(self, ready: EngineReady) -> None:
         reader = asyncio.create_task(self._read(), name="engine.inbox")
@@ -96,7 +106,7 @@ class _Loop:
                     for _ in range(INBOX_TURNS):
                         await asyncio.sleep(0)
                 elif self._released:  # nothing steps, and still the numbers changed
-                    await self._say(Stepped([], self._stats(0.0, None), [], []))
+                    await self._say(self._stepped([], self._stats(0.0, None), [], []))
                     self._released = False
                 else:
                     self._arrived.clear()
@@ -142,6 +152,7 @@ class _Loop:
         samples = 1 if submit.leg is Leg.EXPORT else num_samples(request)
         running = [index for index in range(samples) if index not in progress.ended]
         self._open[request.request_id] = set(running)
+        self._taken.append(request.request_id)
         self._times.arrived(request.request_id, running, self._world.now())
         self._engine.add(request, progress, submit.leg, submit.offload_above)
 
@@ -157,7 +168,6 @@ class _Loop:
             await self._channel.close()
             raise
         now = self._world.now()
-        stats = self._stats(now - began, self._engine.last_step)
         self._times.scheduled(self._engine.last_started, began)
         times = self._times.outputs(outputs, now)
         for output in outputs:
@@ -168,7 +178,19 @@ class _Loop:
             if isinstance(event, Held):
                 self._open.pop(event.request_id, None)
                 self._times.left(event.request_id, 0)
-        await self._say(Stepped(outputs, stats, times, handoffs))
+        stats = self._stats(now - began, self._engine.last_step)
+        await self._say(self._stepped(outputs, stats, times, handoffs))
+
+    def _stepped(
+        self,
+        outputs: list[SequenceOutput],
+        stats: StepStats,
+        times: list[SequenceTimes],
+        handoffs: list[HandoffEvent],
+    ) -> Stepped:
+        taken, self._taken = self._taken, []
+        kv, self._kv_changed = self._kv_changed, None
+        return Stepped(outputs, stats, times, handoffs, taken, kv)
 
     async def _say(self, message: FromEngine) -> None:
         """Send, and wait while the supervisor reads more slowly than the engine computes."""
@@ -201,7 +223,7 @@ class _Loop:
     def _stats(self, step_s: float, last: tuple[StepPlan, StepResult] | None) -> StepStats:
         scheduler = self._engine.scheduler
         pool, counters = scheduler.cache.pool, scheduler.counters
-        self._evictions += sum(isinstance(event, BlockRemoved) for event in pool.take_events())
+        self._kv_changed = self._kv.take(pool.take_events())
         tokens = sampled = rows = 0
         kernel_s = 0.0
         if last is not None:
@@ -218,6 +240,7 @@ class _Loop:
             kernel_s=kernel_s,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            queued_tokens=scheduler.queued_tokens,
             blocks_free=pool.free,
             blocks_cached=pool.cached,
             blocks_held=pool.held,
@@ -227,5 +250,5 @@ class _Loop:
             preemptions=counters.preemptions,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
-            evictions=self._evictions,
+            evictions=self._kv.evictions,
         )

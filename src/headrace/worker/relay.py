@@ -33,6 +33,7 @@ from headrace.protocol.messages import (
     ImportDeclined,
     ImportReserved,
     ImportSettled,
+    KVSnapshot,
     Outputs,
     SequenceTimes,
     Submit,
@@ -40,6 +41,7 @@ from headrace.protocol.messages import (
 from headrace.protocol.requests import SequenceOutput
 from headrace.transfer import Exports
 from headrace.worker.imports import Imports
+from headrace.worker.kv_report import KVMirror
 from headrace.worker.session import Session
 from headrace.world import World
 
@@ -56,6 +58,7 @@ class Relay:
         self.imports: Imports | None = None
         self._owner: dict[str, Session] = {}
         self._export_owner: dict[str, Session] = {}
+        self._kv = KVMirror()
         self._step = 0
         self._answered_s = 0.0
         self._changed = asyncio.Event()
@@ -94,6 +97,10 @@ class Relay:
                 for event in stepped.handoffs:
                     if event not in endings:
                         self._on_handoff(event)
+                if stepped.kv is not None:
+                    self._kv.apply(stepped.kv)
+                    for session in self.sessions:
+                        session.kv_changed(stepped.kv)
                 self._pass_on(stepped)
                 for event in endings:
                     self._on_handoff(event)
@@ -105,7 +112,7 @@ class Relay:
     def _pass_on(self, stepped: Stepped) -> None:
         """Give every gateway what one step brought for its requests, and the state after it."""
         if len(self.sessions) == 1:
-            self.sessions[0].post(Outputs(stepped.outputs, stepped.stats, stepped.times))
+            self.sessions[0].post(Outputs(stepped.outputs, stepped.stats, stepped.times, stepped.taken))
         else:
             self._split(stepped)
         for output in stepped.outputs:
@@ -124,7 +131,8 @@ class Relay:
                 if took is not None:
                     parts[owner][1].append(took)
         for session, (outputs, part_times) in parts.items():
-            session.post(Outputs(outputs, stepped.stats, part_times))
+            taken = [name for name in stepped.taken if name in session.open]
+            session.post(Outputs(outputs, stepped.stats, part_times, taken))
 
     def _close(self, request_id: str) -> None:
         """A sample of an attempt has ended."""
@@ -208,7 +216,10 @@ class Relay:
         self._tell(order)
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(self._step, self.silent_s)
+        return Heartbeat(self._step, self.silent_s, self._kv.number)
+
+    def kv_snapshot(self) -> KVSnapshot:
+        return self._kv.snapshot()
 
     def forget(self, session: Session) -> None:
         """A gateway is gone: so is whatever it had asked for."""

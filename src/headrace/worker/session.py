@@ -29,6 +29,9 @@ from headrace.protocol.messages import (
     FromWorker,
     Heartbeat,
     Hello,
+    KVEvents,
+    KVSnapshot,
+    KVWanted,
     Leaving,
     Refused,
     Rejected,
@@ -66,6 +69,7 @@ class Orders(Protocol):
     def cancel(self, order: Cancel) -> None: ...
     def drain(self) -> None: ...
     def heartbeat(self) -> Heartbeat: ...
+    def kv_snapshot(self) -> KVSnapshot: ...
     def forget(self, session: Session) -> None: ...
 
 
@@ -91,6 +95,7 @@ class Session:
         self._left = False
         self.open: dict[str, int] = {}
         """Attempts of this gateway, and how many samples of each have not ended."""
+        self._tells_kv = False
 
     @property
     def address(self) -> str:
@@ -143,6 +148,7 @@ class Session:
         if not isinstance(answer, Welcome):
             return self._cannot_join("it ended the connection without an answer")
         self._channel, self._welcome = channel, True
+        self._tells_kv = False
         self._heard_s = self._world.now()
         self._pause_s = FIRST_PAUSE_S
         if self._said:
@@ -189,6 +195,9 @@ class Session:
                 self._orders.begin(begin)
             case Cancel() as cancel:
                 self._orders.cancel(cancel)
+            case KVWanted():
+                self._tells_kv = True
+                self.post(self._orders.kv_snapshot())
             case Drain():
                 self._orders.drain()
             case Beat() | Welcome() | Rejected():
@@ -211,6 +220,12 @@ class Session:
                 self._channel.post(message)
             except ConnectionLost:
                 self._channel = None  # the reader learns the same
+
+    def kv_changed(self, events: KVEvents) -> None:
+        """Tell of the prefix cache, if the gateway wants to know; one that reads too slowly misses it, and
+        will ask for everything."""
+        if self._tells_kv and self._channel is not None and not self._channel.is_behind:
+            self.post(events)
 
     async def leave(self, reason: str) -> None:
         """Tell the gateway goodbye, if there is one."""

@@ -202,6 +202,10 @@ class TransportConnection(asyncio.Protocol, Connection):
             await self._more_room()
             self._check_writable()
 
+    @property
+    def is_behind(self) -> bool:
+        return self._writing_paused
+
     async def write_from(self, buffers: Sequence[memoryview]) -> list[int]:
         self._check_bulk()
         self._check_output()

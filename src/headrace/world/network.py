@@ -85,6 +85,11 @@ class Connection(ABC):
     async def drain(self) -> None:
         """Wait until the queue of unsent bytes is below its high-water mark. Raises ConnectionLost."""
 
+    @property
+    @abstractmethod
+    def is_behind(self) -> bool:
+        """Whether the queue of unsent bytes is above its high-water mark: the peer reads too slowly."""
+
     @abstractmethod
     async def write_from(self, buffers: Sequence[memoryview]) -> list[int]:
         """Send the buffers in order, after everything written before; return the checksum of each.
