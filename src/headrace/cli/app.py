@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from headrace.cli.bench import bench
+from headrace.cli.calibrate import calibrate
 from headrace.cli.chat import chat
 from headrace.cli.cluster import drain, explain, status
+from headrace.cli.config import app as config
 from headrace.cli.demo import demo
 from headrace.cli.gateway import gateway
 from headrace.cli.generate import generate
@@ -35,5 +37,7 @@ app.command()(status)
 app.command()(explain)
 app.command()(drain)
 app.command()(simulate)
+app.command()(calibrate)
 app.command()(version)
+app.add_typer(config, name="config")
 app.add_typer(models, name="models")

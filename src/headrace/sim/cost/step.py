@@ -41,8 +41,8 @@ class Rates:
     """What a step takes beside its rows: launching, planning, committing."""
     row_s: float
     """What each row takes beside its arithmetic: sampling, bookkeeping."""
-    link_bytes_per_s: float = math.inf
-    """Between the devices of a worker, one direction of one device."""
+    link_bytes_per_s: float = 1e18
+    """Between the devices of a worker, one direction of one device; a lone one sends nothing."""
     all_reduce_s: float = 0.0
     """Latency of one all-reduce."""
 

@@ -1,0 +1,118 @@
+"""Fitting rates to measured steps, measuring an engine's steps, and the file between both."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from headrace.engine import SchedulerConfig
+from headrace.sim.cost import MODELS, Rates, StepCost
+from headrace.sim.cost.calibration import Calibration, grid, measure, measure_loop, split
+from headrace.sim.cost.fit import FitError, MeasuredStep, errors, fit
+from headrace.sim.hash_executor import hash_engine
+
+SHAPE = MODELS["smollm2-135m"]
+TRUE = Rates(linear_flops_per_s=4e11, attention_flops_per_s=1.5e11, bytes_per_s=3e10, step_s=1e-3, row_s=2e-5)
+GRID = grid(8192, 64, 512, 40_000)
+
+
+def measured(noise: float, seed: int = 0) -> list[MeasuredStep]:
+    chance, cost = random.Random(seed), StepCost(SHAPE, TRUE)
+    return [MeasuredStep(rows, cost.seconds(rows) * (1 + chance.uniform(-noise, noise))) for rows in GRID]
+
+
+def test_exact_times_give_back_the_rates() -> None:
+    found = fit(SHAPE, measured(0.0))
+    for field in fields(Rates):
+        assert getattr(found, field.name) == pytest.approx(getattr(TRUE, field.name), rel=1e-6), field.name
+
+
+def test_noise_is_told_on_steps_that_were_not_fitted() -> None:
+    fitted, held = split(measured(0.1))
+    assert len(held) >= len(GRID) // 3
+    assert not set(fitted) & set(held)
+    cost = StepCost(SHAPE, fit(SHAPE, fitted))
+    found = errors(cost, held)
+    assert 0.02 < found.mean < 0.1
+    assert found.median <= found.most < 0.25
+    assert cost.rates.linear_flops_per_s == pytest.approx(TRUE.linear_flops_per_s, rel=0.1)
+    assert cost.rates.bytes_per_s == pytest.approx(TRUE.bytes_per_s, rel=0.15)
+
+
+def test_rates_are_rates_whatever_was_measured() -> None:
+    chance = random.Random(3)
+    for _ in range(10):  # times that no roofline explains
+        found = fit(SHAPE, [MeasuredStep(rows, chance.uniform(1e-4, 1e-1)) for rows in GRID])
+        assert found.linear_flops_per_s > 0
+        assert found.step_s >= 0
+    with pytest.raises(ValueError, match="4 steps were measured"):
+        fit(SHAPE, measured(0.0)[:4])
+
+
+@pytest.mark.parametrize("limits", [(256, 4, 64, 1000), (1024, 64, 512, 9000), (8192, 64, 512, 40_000)])
+def test_the_grid_keeps_to_the_limits_of_the_engine(limits: tuple[int, int, int, int]) -> None:
+    max_model_len, max_rows, max_tokens, kv_tokens = limits
+    steps = grid(*limits)
+    assert any(len(rows) == 1 and rows[0][0] > 1 for rows in steps)
+    assert any(len(rows) > 1 and all(new == 1 for new, _ in rows) for rows in steps)
+    for rows in steps:
+        assert len(rows) <= max_rows
+        assert sum(new for new, _ in rows) <= max_tokens
+        assert sum(new + context for new, context in rows) <= kv_tokens
+        assert max(new + context for new, context in rows) < max_model_len
+
+
+class Clock:
+    """One that is read twice a step, and says that each took as long as the script has it."""
+
+    def __init__(self, script: list[float]) -> None:
+        self.now, self.script, self.reads = 0.0, script, 0
+
+    def __call__(self) -> float:
+        if self.reads % 2:
+            self.now += self.script[self.reads // 2 % len(self.script)]
+        self.reads += 1
+        return self.now
+
+
+def test_a_step_counts_as_the_median_of_its_repeats() -> None:
+    # The hash executor refuses plans that no engine could be given.
+    config = SchedulerConfig(max_model_len=500, vocab_size=1000, max_num_seqs=8, max_num_batched_tokens=128)
+    engine = hash_engine(config, num_blocks=400, block_size=4)
+    steps = [((1, 20), (1, 33)), ((64, 0),), ((30, 16), (1, 40))]
+
+    async def run() -> list[MeasuredStep]:
+        return [step async for step in measure(engine, steps, 3, Clock([100.0, 3.0, 2.0, 9.0]))]
+
+    assert asyncio.run(run()) == [MeasuredStep(rows, 3.0) for rows in steps]
+
+
+def test_the_loop_is_measured_beside_the_executor() -> None:
+    config = SchedulerConfig(max_model_len=500, vocab_size=1000, max_num_seqs=8, max_num_batched_tokens=256)
+    engine = hash_engine(config, num_blocks=400, block_size=4)
+    ticks = iter(range(10**6))
+
+    async def run() -> tuple[float, float]:
+        return await measure_loop(engine, lambda: float(next(ticks)))
+
+    # Of four readings a step the executor's lie between the outer two: 3 ticks, of which 1 is its own.
+    assert asyncio.run(run()) == (2.0, 0.0)
+    assert engine.scheduler.is_empty
+
+
+def test_what_was_found_is_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    error = FitError(3, 0.1, 0.1, 0.2)
+    found = Calibration(machine="here", shape=SHAPE, rates=TRUE, fitted=error, held_out=error)
+    found.write(path)
+    assert Calibration.read(path) == found
+    path.write_text(path.read_text().replace('"step_s"', '"stop_s"'))
+    with pytest.raises(ValueError, match=r"found.json is no file of headrace calibrate.*step_s"):
+        Calibration.read(path)
+    Calibration(format=99, machine="", shape=SHAPE, rates=TRUE, fitted=error, held_out=error).write(path)
+    with pytest.raises(ValueError, match="has format 99"):
+        Calibration.read(path)
