@@ -24,6 +24,7 @@ using namespace nb::literals;
 namespace headrace {
 
 void bind_bulk(nb::module_& m);  // bulk_module.cpp
+void bind_identity(nb::module_& m);  // identity_module.cpp
 
 namespace {
 
@@ -242,6 +243,7 @@ NB_MODULE(_native, m) {
       kernel);
 
   bind_bulk(m);
+  bind_identity(m);
 }
 
 }  // namespace headrace

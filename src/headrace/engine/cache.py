@@ -4,23 +4,19 @@ Layers that see the same keys form a *group*: all of the context, or a sliding w
 one pool, since a block holds `block_size` positions of equally many layers in each. A sequence has one
 block table per group.
 
-A full block's identity is a keyed hash chained over everything that shaped its content: a root (model,
-precision, layout, tenant) and all tokens up to its end. Two sequences with one identity may read one
-block, so a prefix hit is a look-up, and what a tenant's salt separates can never meet.
+A full block's identity (`identity.py`) stands for everything that shaped its content. Two sequences with one
+identity may read one block, so a prefix hit is a look-up, and what a tenant's salt separates can never meet.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from headrace.engine.blocks import BlockPool
+from headrace.engine.identity import BlockHasher
 from headrace.engine.sequence import Sequence
 from headrace.protocol.handoff import BlockSpan
-
-_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +55,6 @@ class KVCache:
         key: bytes = b"",
     ) -> None:
         """`fingerprint` names weights, precision and layout; `key` (at most 64 bytes) keys the hashes."""
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1 position, got {block_size}")
         if not groups:
             raise ValueError("a KV cache needs at least one group of layers")
         self.pool = BlockPool(num_blocks)
@@ -69,14 +63,11 @@ class KVCache:
         self._windowed = [number for number, group in enumerate(self.groups) if group.window is not None]
         self.no_blocks: tuple[list[int], ...] = tuple([] for _ in self.groups)
         """What `extend` gives to whom it need not give anything."""
-        self._fingerprint = fingerprint
-        self._key = key
+        self.hasher = BlockHasher(key, fingerprint, block_size)
 
     def root(self, salt: str) -> bytes:
-        """Where the chain of hashes of a tenant's blocks starts."""
-        text = salt.encode()
-        header = len(self._fingerprint).to_bytes(4, "big") + self._fingerprint
-        return blake2b(header + text, digest_size=_DIGEST_BYTES, key=self._key).digest()
+        """Where the chain of identities of a tenant's blocks starts."""
+        return self.hasher.root(salt)
 
     def peak_blocks(self, length: int, in_flight: int) -> int:
         """The most blocks one sequence of `length` positions holds at once.
@@ -107,12 +98,7 @@ class KVCache:
 
     def identities(self, root: bytes, tokens: ReadOnlyList[int]) -> list[bytes]:
         """The chained hash of each block that `tokens` touch, the last one perhaps of a part of a block."""
-        size, chain = self.block_size, []
-        parent = root
-        for start in range(0, len(tokens), size):
-            parent = self._chained(parent, tokens[start : start + size])
-            chain.append(parent)
-        return chain
+        return self.hasher.chain_with_rest(root, tokens)
 
     def first_needed(self, length: int) -> list[int]:
         """Per group, the first block that a query at position `length` sees."""
@@ -238,16 +224,11 @@ class KVCache:
         return None
 
     def _hash_up_to(self, sequence: Sequence, blocks: int) -> None:
-        size = self.block_size
-        hashes = sequence.hashes
-        parent = hashes[-1] if hashes else sequence.root
-        for j in range(len(hashes), blocks):
-            parent = self._chained(parent, sequence.tokens[j * size : (j + 1) * size])
-            hashes.append(parent)
-
-    def _chained(self, parent: bytes, tokens: ReadOnlyList[int]) -> bytes:
-        content = array("I", tokens).tobytes()
-        return blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
+        size, hashes = self.block_size, sequence.hashes
+        if len(hashes) < blocks:
+            parent = hashes[-1] if hashes else sequence.root
+            tokens = sequence.tokens[len(hashes) * size : blocks * size]
+            hashes += self.hasher.chain_with_rest(parent, tokens)
 
 
 def _identity(chained: bytes, group: int) -> bytes:
