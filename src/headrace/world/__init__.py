@@ -4,19 +4,23 @@ In: nothing of Headrace; this is the bottom floor. Out: `World` and the interfac
 know messages, requests or models, and imports no torch.
 """
 
+from headrace.world.agent import AgentUnavailable, MemoryAgent, ReadFailed
 from headrace.world.network import ConnectFailed, Connection, ConnectionLost, Handler, Listener, Network
 from headrace.world.random import RandomStreams
 from headrace.world.world import Memory, TraceValue, World, real_world
 
 __all__ = [
+    "AgentUnavailable",
     "ConnectFailed",
     "Connection",
     "ConnectionLost",
     "Handler",
     "Listener",
     "Memory",
+    "MemoryAgent",
     "Network",
     "RandomStreams",
+    "ReadFailed",
     "TraceValue",
     "World",
     "real_world",

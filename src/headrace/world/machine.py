@@ -1,6 +1,6 @@
-"""What this machine can give a process: memory, as the kernel and the process's control group allow it.
+"""What this machine can give a process: GPUs, and memory as the kernel and the control group allow it.
 
-Out: numbers in bytes. It must not know what they are for.
+Out: numbers; memory in bytes. It must not know what they are for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def available_memory() -> int | None:
@@ -19,6 +20,11 @@ def available_memory() -> int | None:
     """
     found = [size for size in (_machine_memory(), _group_memory()) if size is not None]
     return min(found, default=None)
+
+
+def gpu_count() -> int:
+    """GPUs that NVIDIA's driver tells of."""
+    return len(list(_NVIDIA.iterdir())) if _NVIDIA.is_dir() else 0
 
 
 def _machine_memory() -> int | None:
