@@ -154,6 +154,12 @@ void bind_identity(nb::module_& m) {
                        nb::handle identities) { index.store(holder_of(index, holder), identities_of(identities)); })
       .def("remove", [](KVIndex& index, int64_t holder,
                         nb::handle identities) { index.remove(holder_of(index, holder), identities_of(identities)); })
+      .def("replace",
+           [](KVIndex& index, int64_t holder, nb::handle identities) {
+             const auto all = identities_of(identities);  // before anything is changed
+             index.clear(holder_of(index, holder));
+             index.store(holder_of(index, holder), all);
+           })
       .def("clear", [](KVIndex& index, int64_t holder) { index.clear(holder_of(index, holder)); })
       .def("blocks", [](const KVIndex& index, int64_t holder) { return index.blocks(holder_of(index, holder)); })
       .def("match", &match, "chain"_a, "out"_a)

@@ -92,13 +92,13 @@ def test_the_key_the_fingerprint_and_the_salt_part_what_would_be_equal() -> None
 
 def test_the_key_check_is_the_same_only_where_identities_are() -> None:
     made = [
-        BlockHasher(key, fingerprint, size).key_check()
+        BlockHasher(key, fingerprint, size).key_check
         for key in (b"", b"k", b"l" * 32)
         for fingerprint in (b"", b"f")
         for size in (16, 32)
     ]
     assert len(set(made)) == len(made)
-    assert made[0] == BlockHasher(b"", b"", 16).key_check()
+    assert made[0] == BlockHasher(b"", b"", 16).key_check
     assert all(len(bytes.fromhex(check)) == 8 for check in made)
 
 

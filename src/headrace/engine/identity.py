@@ -25,12 +25,12 @@ class BlockHasher:
         """`key` has at most 64 bytes, `fingerprint` names weights, precision and layout."""
         self._native = _native.BlockHasher(key, block_size)
         self._key = key
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self.block_size = block_size
 
     def root(self, salt: str) -> bytes:
         """Where the chain of a tenant's blocks starts."""
-        header = len(self._fingerprint).to_bytes(4, "big") + self._fingerprint
+        header = len(self.fingerprint).to_bytes(4, "big") + self.fingerprint
         return blake2b(header + salt.encode(), digest_size=IDENTITY_BYTES, key=self._key).digest()
 
     def chain(self, parent: bytes, tokens: Sequence[int]) -> list[bytes]:
@@ -44,7 +44,9 @@ class BlockHasher:
         """As `chain`, and where the last block is not full, that of the tokens it has."""
         return self._native.chain(parent, tokens, True)
 
+    @property
     def key_check(self) -> str:
-        """The same for all who would give the same blocks the same identities; does not tell the key."""
-        content = self.block_size.to_bytes(4, "big") + self._fingerprint
+        """16 hex digits, equal where identities are: for one key, fingerprint and block size. They do not
+        tell the key."""
+        content = self.block_size.to_bytes(4, "big") + self.fingerprint
         return blake2b(content, digest_size=8, key=self._key, person=b"key check").hexdigest()
