@@ -5,8 +5,9 @@ by the numbered events that it sends, or guessed by `approximate_holdings.py`; b
 answers for all. Identities are those of `engine/identity.py`; what differs in key, fingerprint or block size
 never has equal ones, and so can share an index.
 
-Knows nothing of events, workers or scores. The table is in C++ (native/src/kv_index.h). A member's end and a
-snapshot look at every block once, all else only at the blocks named.
+Knows nothing of events, workers or scores. The table is in C++ (native/src/kv_index.h): a million blocks take
+40 MiB with up to 64 slots and 93 MiB with 512. The end of a member, or a snapshot of one that held something,
+looks at every block once (some 10 ms for a million); all else only at the blocks named.
 """
 
 from __future__ import annotations
