@@ -26,7 +26,8 @@ from headrace.sim.connection import SimConnection
 from headrace.sim.faults import Kind
 from headrace.sim.life import live
 from headrace.sim.search import Scope
-from headrace.transfer.source import Exports, State
+from headrace.transfer.lease import State
+from headrace.transfer.source import Exports
 from headrace.worker.imports import Imports
 from headrace.worker.relay import Relay
 

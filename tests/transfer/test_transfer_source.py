@@ -11,7 +11,8 @@ from headrace.protocol.handoff import BlockSpan, Computed, Exporting
 from headrace.sim import Simulation, run
 from headrace.transfer import Exports, Pool
 from headrace.transfer.messages import MAX_FRAME_BYTES, Chunk, Denied, FromSource, Want
-from headrace.transfer.source import ANSWER_TIMEOUT_S, MAX_STRANGERS
+from headrace.transfer.source import MAX_STRANGERS
+from headrace.transfer.times import ANSWER_TIMEOUT_S
 from headrace.world import Connection, ConnectionLost
 
 BLOCKS = 4

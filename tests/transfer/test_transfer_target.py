@@ -12,7 +12,7 @@ from headrace.protocol.handoff import BlockSpan, Cause, Reserved, Ticket
 from headrace.sim import Simulation, run
 from headrace.transfer import Fetched, Pool, TransferFailed, fetch
 from headrace.transfer.messages import Checksums, Chunk, Confirm, Confirmed, FromTarget, Want
-from headrace.transfer.target import STALL_TIMEOUT_S
+from headrace.transfer.times import STALL_TIMEOUT_S
 from headrace.world import Connection
 
 BLOCK_BYTES = 1000
@@ -25,7 +25,7 @@ Source = Callable[[Channel[FromTarget], Connection], Awaitable[None]]
 
 def pull(source: Source, monkeypatch: pytest.MonkeyPatch) -> tuple[Fetched | TransferFailed, float]:
     """What a pull of four blocks came to, and how many seconds it took."""
-    monkeypatch.setattr("headrace.transfer.target.SLOWEST_BYTES_PER_S", SLOWEST_BYTES_PER_S)
+    monkeypatch.setattr("headrace.transfer.times.SLOWEST_BYTES_PER_S", SLOWEST_BYTES_PER_S)
 
     async def serve(connection: Connection) -> None:
         channel: Channel[FromTarget] = Channel(connection, receives=FromTarget)

@@ -52,6 +52,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """Unguessable. It is told over the control channel, and shown in plain on the data plane."""
     address: str
     """Where the source serves blocks."""
+    memory: bytes = b""
+    """How agents of other workers read the source's memory (`world/agent.py`); empty where none can."""
     worker_id: str
     generation: int
     """The life of the source's engine; the blocks end with it."""

@@ -237,6 +237,8 @@ class ImportSettled(msgspec.Struct, frozen=True, tag=True):
     """From the wish to fetch to the first block."""
     move_s: float = 0.0
     """From there to the confirmation."""
+    read: int = 0
+    """How many of the blocks were read from the source's memory (NIXL); the others came as bytes (TCP)."""
 
 
 class ExportOffered(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,7 @@ from headrace.protocol.engine_messages import PoolInfo
 from headrace.protocol.handoff import Ticket
 from headrace.protocol.messages import ExportOffered, FromWorker, Role
 from headrace.protocol.requests import GenerateRequest
+from headrace.sim.agent import SimAgent
 from headrace.sim.hash_model import Expected
 from headrace.sim.launcher import TaskLauncher
 from headrace.sim.link import DATACENTRE, LinkProfile
@@ -27,6 +28,7 @@ from headrace.sim.network import Crash
 from headrace.sim.shape import EngineShape, executor_of
 from headrace.sim.simulation import Simulation
 from headrace.worker import Supervisor, WorkerOptions, serve
+from headrace.worker.options import Connector
 from headrace.world import World
 
 GATEWAY = "gateway"
@@ -148,6 +150,8 @@ class SimWorker:
             role=self.role,
             data_address=f"{self.name}:{DATA_PORT}",
             lease_s=self.cluster.lease_s,
+            connector=self.cluster.connector,
+            check_reads=True,
             step_timeout_s=5.0,
         )
         with self.cluster.simulation.on(self.name):
@@ -173,6 +177,12 @@ class SimWorker:
         """The engine's process dies, if one runs; its supervisor lives."""
         task = self._launcher.processes[-1].task if self._launcher and self._launcher.processes else None
         return task is not None and task.cancel()
+
+    def lose_agent(self) -> bool:
+        """What reads and shows this worker's blocks dies, if it stands; it stands again soon."""
+        life = self.supervisor.life if self.supervisor is not None else None
+        agent = life.agent if life is not None else None
+        return isinstance(agent, SimAgent) and agent.kill()
 
     async def slow_down(self, factor: float | None, for_s: float) -> bool:
         """Let steps that begin within `for_s` take `factor` times as long; None: `for_s`, as if it froze.
@@ -245,12 +255,14 @@ class SimCluster:
         observer: GatewayObserver | None = None,
         gateways: int = 1,
         data_link: LinkProfile = DATACENTRE,
+        connector: Connector = "tcp",
     ) -> None:
         """`data_link` is what workers have between each other."""
         self.simulation = simulation
         self.observer = observer
         self.shape = shape or EngineShape()
         self.lease_s = lease_s
+        self.connector = connector
         self.options = GatewayOptions(
             split=split or SplitPolicy(prompt_length_threshold=12),
             heartbeat_s=0.2,

@@ -26,6 +26,8 @@ class Kind(enum.StrEnum):
     """The same, silently."""
     ENGINE = "engine"
     """A worker's engine process dies; its supervisor starts another."""
+    AGENT = "agent"
+    """What reads and shows a worker's KV blocks (NIXL's process) dies, and is started again."""
     CUT = "cut"
     """Nothing passes between two hosts for `for_s`."""
     CUT_ONE_WAY = "cut one way"

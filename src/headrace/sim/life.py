@@ -22,6 +22,7 @@ from headrace.sim.mishaps import Mishaps
 from headrace.sim.network import WINDOW_BYTES
 from headrace.sim.shape import EngineShape
 from headrace.sim.simulation import Simulation, run
+from headrace.worker.options import Connector
 
 REQUESTS = 40
 FAULTS = 10
@@ -60,6 +61,7 @@ LEASES_S = (0.2, 5.0)
 WINDOWS_BYTES = (512, WINDOW_BYTES)
 DATA_LINKS = (DATACENTRE, LinkProfile(bytes_per_s=50_000), LinkProfile(bytes_per_s=5_000))
 """Between workers; over the slowest a long prompt's blocks take as long as a short lease lasts."""
+CONNECTORS: tuple[Connector, ...] = ("tcp", "auto")
 CLOCK_RATE = 200e-6
 """How far a host's clock may be from one second a second when nothing is wrong with it."""
 CLOCK_AHEAD_S = 1e5
@@ -83,6 +85,8 @@ class Plan:
     """How long the load goes on at least."""
     acting: int = 0
     """How many faults must meet something."""
+    connector: Connector = "tcp"
+    """How KV blocks move between the workers."""
     spare: tuple[Fault, ...] = ()
     """Happen one after another when the others are over and too few of them have met something."""
 
@@ -132,7 +136,9 @@ def plan(
         host: (chance.uniform(0, CLOCK_AHEAD_S), 1 + chance.uniform(-CLOCK_RATE, CLOCK_RATE))
         for host in (*names, *roles)
     }
-    faults = tuple(draw(chance, roles, count, LOAD_S, gateways=names, kinds=kinds))
+    connector: Connector = random.Random(f"{seed}, connector").choice(CONNECTORS)
+    drawn = [kind for kind in kinds if kind is not Kind.AGENT or connector != "tcp"]
+    faults = tuple(draw(chance, roles, count, LOAD_S, gateways=names, kinds=drawn))
     acting = ACTING if count >= FAULTS and set(kinds) == set(Kind) else 0
     spare = tuple(draw(chance, roles, 2 * acting, 0.0, gateways=names, kinds=SPARE_KINDS))
     return Plan(
@@ -146,6 +152,7 @@ def plan(
         faults,
         acting=acting,
         spare=spare,
+        connector=connector,
     )
 
 
@@ -202,6 +209,7 @@ async def _live(simulation: Simulation, seed: int, planned: Plan, lived: _Lived)
         lease_s=planned.lease_s,
         gateways=planned.gateways,
         data_link=planned.data_link,
+        connector=planned.connector,
     )
     cluster.set_clocks(planned.clocks)
     orderly = all(fault.kind in (Kind.DRAIN, Kind.SLOW) for fault in planned.faults)

@@ -67,6 +67,8 @@ class Mishaps:
                 acted = await self._crash_worker(fault)
             case Kind.ENGINE:
                 acted = self._cluster.workers[fault.where].kill_engine()
+            case Kind.AGENT:
+                acted = self._cluster.workers[fault.where].lose_agent()
             case Kind.SLOW | Kind.FREEZE:
                 factor = float(fault.amount) if fault.kind is Kind.SLOW else None
                 acted = await self._cluster.workers[fault.where].slow_down(factor, fault.for_s)

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from headrace.sim.agent import SimAgent
 from headrace.sim.link import DATACENTRE, LinkProfile
 from headrace.sim.loop import SimulationError, VirtualLoop, collected_by_count
 from headrace.sim.network import RETRANSMISSION_TIMEOUT_S, WINDOW_BYTES, SimNetwork
-from headrace.world import Memory, RandomStreams, TraceValue, World
+from headrace.world import Memory, MemoryAgent, RandomStreams, TraceValue, World
 
 T = TypeVar("T")
+
+AGENT_PORTS = 20_000
+"""Where memory agents listen, each at a port of its own, from this one on."""
 
 CLEANUP_CALLBACKS = 100_000
 """How many callbacks the cancelled tasks may take to end before the run is declared stuck."""
@@ -42,6 +48,7 @@ class Simulation:
     memories: dict[str, Memory] = field(default_factory=dict)
     """What programs share with others of their host, by path."""
     _started: Counter[str] = field(default_factory=Counter)
+    _ports: Iterator[int] = field(default_factory=functools.partial(itertools.count, AGENT_PORTS))
 
     def world(self, host: str) -> World:
         """The world of a program that starts on `host` now; no two programs draw the same numbers.
@@ -54,6 +61,7 @@ class Simulation:
             random=self.random.scope(f"host {host}, program {self._started[host]}"),
             trace=self.loop.trace,
             open_memory=self._open_memory,
+            open_agent=functools.partial(self._open_agent, host),
         )
 
     def on(self, host: str) -> AbstractContextManager[None]:
@@ -65,6 +73,14 @@ class Simulation:
         if memory is None or memory.buffer.nbytes != size:
             raise OSError(f"there is no memory of {size} bytes at {path}")
         return memory
+
+    async def _open_agent(
+        self, host: str, path: str, size: int, address: str, report: Callable[[str], None]
+    ) -> MemoryAgent:
+        memory = self._open_memory(path, size)
+        agent = SimAgent(self.network.host(host), memory, host, self._ports)
+        await agent.listen()
+        return agent
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ RELEASED    | confirmed, or dropped or expired and nobody reads   | the engine's
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.handoff import Computed, Exporting, Ticket
+from headrace.transfer.lease import Lease, State
 from headrace.transfer.messages import (
     MAX_FRAME_BYTES,
     Checksums,
@@ -33,13 +32,12 @@ from headrace.transfer.messages import (
     Want,
 )
 from headrace.transfer.pool import Pool
-from headrace.world import Connection, Listener, World
+from headrace.transfer.shown import show
+from headrace.transfer.times import ANSWER_TIMEOUT_S
+from headrace.world import Connection, Listener, MemoryAgent, World
 
 LEASE_S = 30.0
 """How long computed blocks wait to be fetched, by this machine's clock; far longer than a step."""
-
-ANSWER_TIMEOUT_S = 10.0
-"""How long a target may take to say what it wants, or to confirm."""
 
 CHUNK_BYTES = 128 << 20
 """Blocks are sent together up to this size, or one by one above it."""
@@ -54,34 +52,6 @@ it goes: who has a token shows it at once. Those that have shown one are bounded
 _TOKEN_BYTES = 16
 
 
-class State(enum.StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"
-    HELD = "held"
-    QUARANTINED = "quarantined"
-    RELEASED = "released"
-
-
-@dataclass(slots=True, eq=False)
-class _Lease:
-    request_id: str
-    token: bytes
-    numbers: int
-    """How many blocks of one KV group the prompt fills, the last one perhaps in part."""
-    state: State = State.QUEUED
-    positions: int = 0
-    blocks: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(KV group, number) to the place in the pool."""
-    reader: asyncio.Task[None] | None = None
-    expiry: asyncio.TimerHandle | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    how: str = ""
-
-    def tell(self) -> None:
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
 class Exports:
     """All exports of one life of an engine, from `listen` or `served_at` to `close`."""
 
@@ -94,18 +64,23 @@ class Exports:
         generation: int,
         released: Callable[[str, str], None],
         lease_s: float = LEASE_S,
+        agent: MemoryAgent | None = None,
     ) -> None:
-        """`released(request_id, how)` is called once for each export, when nothing touches its blocks."""
+        """`released(request_id, how)` is called once for each export, when nothing touches its blocks.
+
+        With `agent`, which has the pool's memory, targets may read blocks by themselves.
+        """
         self._world = world
         self._pool = pool
         self._worker_id = worker_id
         self._generation = generation
         self._released = released
         self._lease_s = lease_s
+        self._agent = agent
         self._secret = world.random.stream("transfer tokens").randbytes(32)
         self._numbers = 0
-        self._leases: dict[str, _Lease] = {}
-        self._by_token: dict[bytes, _Lease] = {}
+        self._leases: dict[str, Lease] = {}
+        self._by_token: dict[bytes, Lease] = {}
         self._listener: Listener | None = None
         self._address = ""
         self._readers: set[asyncio.Task[None]] = set()
@@ -147,12 +122,14 @@ class Exports:
         if not self._address:
             raise RuntimeError("exports are offered before blocks are served")
         self._numbers += 1
+        size = self._pool.block_size
         token = blake2b(self._numbers.to_bytes(8, "big"), key=self._secret, digest_size=_TOKEN_BYTES).digest()
-        lease = _Lease(event.request_id, token, -(-event.prompt_tokens // self._pool.block_size))
+        lease = Lease(event.request_id, token, size, -(-event.prompt_tokens // size))
         self._leases[event.request_id] = self._by_token[token] = lease
         return Ticket(
             token=token,
             address=self._address,
+            memory=self._agent.address if self._agent is not None else b"",
             worker_id=self._worker_id,
             generation=self._generation,
             kv_layout=self._pool.layout,
@@ -188,7 +165,7 @@ class Exports:
 
     # ---- the end of a lease --------------------------------------------------------------------------
 
-    def _end(self, lease: _Lease, how: str) -> None:
+    def _end(self, lease: Lease, how: str) -> None:
         """Nobody may read any more: release now, or when who reads has let go."""
         if lease.state in (State.QUARANTINED, State.RELEASED):
             return
@@ -200,19 +177,19 @@ class Exports:
             self._become(lease, State.QUARANTINED)
             lease.reader.cancel()
 
-    def _release(self, lease: _Lease) -> None:
+    def _release(self, lease: Lease) -> None:
         self._become(lease, State.RELEASED)
         self._stop_timer(lease)
         del self._leases[lease.request_id]
         del self._by_token[lease.token]
         self._released(lease.request_id, lease.how)
 
-    def _become(self, lease: _Lease, state: State) -> None:
+    def _become(self, lease: Lease, state: State) -> None:
         if lease.state is not state:
             lease.state = state
             self._world.trace("lease", lease.request_id, state)
 
-    def _stop_timer(self, lease: _Lease) -> None:
+    def _stop_timer(self, lease: Lease) -> None:
         if lease.expiry is not None:
             lease.expiry.cancel()
             lease.expiry = None
@@ -267,50 +244,56 @@ class Exports:
             return
         lease.reader = task
         try:
-            if await self._send(lease, connection, channel, want):
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    confirm = await channel.receive()
-                if isinstance(confirm, Confirm) and lease.state is State.HELD:
-                    lease.how = "confirmed"
-                    channel.post(Confirmed())
+            word: FromTarget | None = want
+            if want.reads and self._agent is not None:
+                word = await show(lease, self._pool, self._agent, channel, want)
+            if isinstance(word, Want):
+                word = await self._send_wanted(lease, connection, channel, word)
+            if isinstance(word, Confirm) and lease.state is State.HELD:
+                lease.how = "confirmed"
+                channel.post(Confirmed())
         finally:
             lease.reader = None
             if lease.how and lease.state is not State.RELEASED:
                 self._release(lease)
 
-    def _may_want(self, lease: _Lease, want: Want) -> bool:
+    def _may_want(self, lease: Lease, want: Want) -> bool:
         """Whether so many blocks can be: what is asked for is laid out in memory name by name."""
         in_pool = self._pool.memory.nbytes // self._pool.block_bytes
         in_prompt = all(0 <= first <= first + count <= lease.numbers for _, first, count in want.blocks)
         return in_prompt and sum(count for _, _, count in want.blocks) <= in_pool
 
+    async def _send_wanted(
+        self, lease: Lease, connection: Connection, channel: Channel[FromTarget], want: Want
+    ) -> FromTarget | None:
+        """Send what is wanted; returns what the target says then."""
+        if want.reads:
+            channel.post(Denied("the blocks cannot be read here"))
+        elif not self._may_want(lease, want):
+            channel.post(Denied("more blocks are asked for than this export can have"))
+        elif await self._send(lease, connection, channel, want):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await channel.receive()
+        return None
+
     async def _send(
-        self, lease: _Lease, connection: Connection, channel: Channel[FromTarget], want: Want
+        self, lease: Lease, connection: Connection, channel: Channel[FromTarget], want: Want
     ) -> bool:
         """Send the wanted blocks as they are computed, to the last; then wait until the export is held."""
-        names = [(group, first + i) for group, first, count in want.blocks for i in range(count)]
+        names = want.names()
         most = min(max(1, CHUNK_BYTES // self._pool.block_bytes), CHUNK_BLOCKS)
         sent = 0
         while sent < len(names):
-            ready = sent
-            while ready < min(len(names), sent + most) and self._is_ready(lease, names[ready]):
-                ready += 1
-            if ready == sent:
+            places = lease.ready(names[sent:], most)
+            if not places:
                 if lease.state is State.HELD:
                     channel.post(Denied(f"block {names[sent]} is no part of this export"))
                     return False
                 await lease.changed.wait()
                 continue
-            places = [lease.blocks[name] for name in names[sent:ready]]
             channel.post(Chunk(len(places)))
             channel.post(Checksums(await connection.write_from(self._pool.views(places))))
-            sent = ready
+            sent += len(places)
         while lease.state is not State.HELD:
             await lease.changed.wait()
         return True
-
-    def _is_ready(self, lease: _Lease, name: tuple[int, int]) -> bool:
-        """Whether a block is computed to its end: the last one of a prompt may be filled in part only."""
-        if name not in lease.blocks:
-            return False
-        return lease.state is State.HELD or (name[1] + 1) * self._pool.block_size <= lease.positions

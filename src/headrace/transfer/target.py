@@ -11,26 +11,29 @@ from dataclasses import dataclass
 
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.handoff import Cause, Reserved, Ticket
+from headrace.transfer.connector import Connector
 from headrace.transfer.messages import (
     MAX_FRAME_BYTES,
+    BlockNames,
     Checksums,
     Chunk,
     Confirm,
     Confirmed,
     Denied,
     FromSource,
+    Shown,
+    Taken,
     Want,
+    sum_of_places,
 )
 from headrace.transfer.pool import Pool
-from headrace.world import ConnectFailed, Connection, ConnectionLost, World
+from headrace.transfer.times import STALL_TIMEOUT_S, chunk_time_s
+from headrace.world import ConnectFailed, Connection, ConnectionLost, MemoryAgent, ReadFailed, World
 
 CONNECT_TIMEOUT_S = 5.0
 
-STALL_TIMEOUT_S = 10.0
-"""How long an answer that needs no computation may take to come; a chunk has time for its bytes as well."""
-
-SLOWEST_BYTES_PER_S = 10e6
-"""What comes more slowly than this is given up: computing it is quicker."""
+READ_BYTES = 64 << 20
+"""Blocks are read together up to this size, or one by one above it: a read that is given up is waited for."""
 
 
 class Patience:
@@ -76,15 +79,23 @@ class Fetched:
     """Until the first block began to come."""
     move_s: float
     """From there to the confirmation."""
+    read: int = 0
+    """How many of the blocks were read from the source's memory; the others came as bytes."""
 
 
 async def fetch(
-    world: World, pool: Pool, reserved: Reserved, ticket: Ticket, patience: Patience | None = None
+    world: World,
+    pool: Pool,
+    reserved: Reserved,
+    ticket: Ticket,
+    patience: Patience | None = None,
+    connector: Connector | None = None,
 ) -> Fetched:
     """Fill the reserved blocks from the ticket's source, and have it confirm that they may be used.
 
     Waits without limit for blocks that are not computed yet; whoever calls ends that through `patience`.
-    Raises TransferFailed. Cancelled, it ends when the transport is quiet.
+    Without `connector`, or where that says so, blocks come as bytes. Raises TransferFailed. Cancelled, it
+    ends when the transport is quiet.
     """
     _check(pool, reserved, ticket)
     began = world.now()
@@ -94,8 +105,9 @@ async def fetch(
         raise TransferFailed(Cause.UNREACHABLE, f"the source cannot be reached ({error.reason})") from error
     except ValueError as error:  # what a ticket says comes from elsewhere
         raise TransferFailed(Cause.UNREACHABLE, f"the source cannot be reached ({error})") from error
+    pull = _Pull(world, pool, reserved, ticket, connection, patience or Patience())
     try:
-        return await _pull(world, pool, reserved, ticket, connection, began, patience or Patience())
+        return await pull.run(began, connector or Connector())
     except ConnectionLost as loss:
         raise TransferFailed(Cause.LOST, f"the connection to the source was lost ({loss.reason})") from loss
     except asyncio.IncompleteReadError as error:
@@ -118,42 +130,131 @@ def _check(pool: Pool, reserved: Reserved, ticket: Ticket) -> None:
         raise TransferFailed(Cause.MISMATCH, "the source computes another prompt, model, precision or tenant")
 
 
-async def _pull(
-    world: World,
-    pool: Pool,
-    reserved: Reserved,
-    ticket: Ticket,
-    connection: Connection,
-    began: float,
-    patience: Patience,
-) -> Fetched:
-    channel: Channel[FromSource] = Channel(connection, FromSource, max_frame_bytes=MAX_FRAME_BYTES)
-    places = [block for span in reserved.fill for block in span.blocks]
-    names = [(span.group, span.first, len(span.blocks)) for span in reserved.fill]
-    channel.post(Want(ticket.token, ticket.generation, names))
-    first_s: float | None = None
-    filled = 0
-    while filled < len(places):
-        chunk = await patience.next(channel)
-        if not isinstance(chunk, Chunk) or not 0 < chunk.count <= len(places) - filled:
-            raise _refusal(chunk)
-        first_s = world.now() if first_s is None else first_s
-        async with asyncio.timeout(STALL_TIMEOUT_S + chunk.count * pool.block_bytes / SLOWEST_BYTES_PER_S):
-            arrived = await connection.read_into(pool.views(places[filled : filled + chunk.count]))
-            sent = await channel.receive()
-        if not isinstance(sent, Checksums):
-            raise _refusal(sent)
-        if sent.values != arrived:
-            raise TransferFailed(Cause.CORRUPT, "bytes were changed on the way: checksums differ")
-        filled += chunk.count
-    channel.post(Confirm())
-    async with asyncio.timeout(STALL_TIMEOUT_S):
-        confirmed = await channel.receive()
-    if not isinstance(confirmed, Confirmed):
-        raise _refusal(confirmed)
-    now = world.now()
-    first_s = now if first_s is None else first_s
-    return Fetched(len(places), len(places) * pool.block_bytes, first_s - began, now - first_s)
+class _Pull:
+    """One pull over its connection."""
+
+    def __init__(
+        self,
+        world: World,
+        pool: Pool,
+        reserved: Reserved,
+        ticket: Ticket,
+        connection: Connection,
+        patience: Patience,
+    ) -> None:
+        self._world = world
+        self._pool = pool
+        self._ticket = ticket
+        self._connection = connection
+        self._channel: Channel[FromSource] = Channel(connection, FromSource, max_frame_bytes=MAX_FRAME_BYTES)
+        self._patience = patience
+        self._places = [block for span in reserved.fill for block in span.blocks]
+        self._names = [
+            (span.group, span.first + i) for span in reserved.fill for i in range(len(span.blocks))
+        ]
+        self._filled = 0
+        self._first_s: float | None = None
+
+    async def run(self, began: float, connector: Connector) -> Fetched:
+        """Raises TransferFailed, and what the connection raises."""
+        agent = connector.reads(self._ticket)
+        if agent is not None:
+            await self._read(agent, connector)
+        read = self._filled
+        if self._filled < len(self._places) or agent is None:
+            await self._receive()
+        self._channel.post(Confirm())
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            confirmed = await self._channel.receive()
+        if not isinstance(confirmed, Confirmed):
+            raise _refusal(confirmed)
+        if read == len(self._places) > 0:
+            connector.was_read(self._ticket)
+        now, blocks = self._world.now(), len(self._places)
+        first_s = now if self._first_s is None else self._first_s
+        return Fetched(blocks, blocks * self._pool.block_bytes, first_s - began, now - first_s, read)
+
+    def _want(self, *, reads: bool = False, checked: bool = False) -> None:
+        """Ask for what is not there yet."""
+        ticket, names = self._ticket, _spans(self._names[self._filled :])
+        self._channel.post(Want(ticket.token, ticket.generation, names, reads, checked))
+
+    async def _next(self) -> FromSource | None:
+        word = await self._patience.next(self._channel)
+        if self._first_s is None:
+            self._first_s = self._world.now()
+        return word
+
+    # ---- as bytes ------------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        """Have all that is not there yet sent."""
+        self._want()
+        while (left := len(self._places) - self._filled) > 0:
+            chunk = await self._next()
+            if not isinstance(chunk, Chunk) or not 0 < chunk.count <= left:
+                raise _refusal(chunk)
+            places = self._places[self._filled : self._filled + chunk.count]
+            async with asyncio.timeout(chunk_time_s(chunk.count * self._pool.block_bytes)):
+                arrived = await self._connection.read_into(self._pool.views(places))
+                sent = await self._channel.receive()
+            if not isinstance(sent, Checksums):
+                raise _refusal(sent)
+            _compare(sent.values, arrived)
+            self._filled += chunk.count
+
+    # ---- by reading ----------------------------------------------------------------------------------
+
+    async def _read(self, agent: MemoryAgent, connector: Connector) -> None:
+        """Read all blocks, or as many as can be."""
+        self._want(reads=True, checked=connector.checked)
+        try:
+            while (left := len(self._places) - self._filled) > 0:
+                shown = await self._next()
+                if not isinstance(shown, Shown) or not 0 < len(shown.places) <= left:
+                    raise _refusal(shown)
+                if min(shown.places) < 0 or shown.places_sum != sum_of_places(shown.places):
+                    raise TransferFailed(Cause.CORRUPT, "what the source said was changed on the way")
+                await self._read_shown(agent, shown, checked=connector.checked)
+                self._filled += len(shown.places)
+                self._channel.post(Taken(len(shown.places)))
+        except ReadFailed as failure:
+            connector.failed(self._ticket, f"its memory cannot be read ({failure})")
+
+    async def _read_shown(self, agent: MemoryAgent, shown: Shown, *, checked: bool) -> None:
+        """Raises ReadFailed, TransferFailed."""
+        size, count = self._pool.block_bytes, len(shown.places)
+        ours = [place * size for place in self._places[self._filled : self._filled + count]]
+        theirs = [place * size for place in shown.places]
+        most = max(1, READ_BYTES // size)
+        for start in range(0, count, most):
+            here, there = ours[start : start + most], theirs[start : start + most]
+            limit_s = chunk_time_s(len(here) * size)
+            try:
+                async with asyncio.timeout(limit_s):
+                    await agent.read(self._ticket.memory, here, there, size)
+            except TimeoutError:
+                raise ReadFailed(f"{len(here) * size} bytes took longer than {limit_s:.0f} s") from None
+        if checked:
+            if not shown.checksums:
+                raise ReadFailed("its agent was lost")
+            _compare(shown.checksums, await agent.checksums(ours, size))
+
+
+def _spans(names: list[tuple[int, int]]) -> BlockNames:
+    """Names as (KV group, first, count), in their order."""
+    spans: BlockNames = []
+    for group, number in names:
+        if spans and spans[-1][0] == group and sum(spans[-1][1:]) == number:
+            spans[-1] = (group, spans[-1][1], spans[-1][2] + 1)
+        else:
+            spans.append((group, number, 1))
+    return spans
+
+
+def _compare(sent: list[int], arrived: list[int]) -> None:
+    if sent != arrived:
+        raise TransferFailed(Cause.CORRUPT, "bytes were changed on the way: checksums differ")
 
 
 def _refusal(answer: FromSource | None) -> TransferFailed:

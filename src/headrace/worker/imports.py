@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from headrace.protocol.engine_messages import Continue, Release
 from headrace.protocol.handoff import Cause, Reserved, Ticket
 from headrace.protocol.messages import ImportSettled
-from headrace.transfer import Fetched, Patience, Pool, TransferFailed, fetch
+from headrace.transfer import Connector, Fetched, Patience, Pool, TransferFailed, fetch
 from headrace.world import World
 
 
@@ -49,6 +49,7 @@ class Imports:
         to_engine: Callable[[Continue | Release], None],
         settled: Callable[[ImportSettled], None],
         report: Callable[[str], None] = lambda line: None,
+        connector: Connector | None = None,
     ) -> None:
         """`report` gets lines for people."""
         self._world = world
@@ -56,6 +57,7 @@ class Imports:
         self._to_engine = to_engine
         self._tell_settled = settled
         self._report = report
+        self._connector = connector or Connector()
         self._open: dict[str, _Import] = {}
 
     def __len__(self) -> int:
@@ -77,7 +79,7 @@ class Imports:
         """Fill the blocks; a second wish is ignored."""
         one = self._open.get(request_id)
         if one is not None and one.pull is None and one.settled is None and not one.dropped:
-            pull = fetch(self._world, self._pool, one.reserved, ticket, one.patience)
+            pull = fetch(self._world, self._pool, one.reserved, ticket, one.patience, self._connector)
             one.pull = asyncio.create_task(pull, name="worker.pull")
             # Not the end of a coroutine of our own: one that is cancelled before it began never runs at all.
             one.pull.add_done_callback(functools.partial(self._pulled, request_id, one, ticket))
@@ -135,6 +137,7 @@ class Imports:
                 blocks=fetched.blocks,
                 wait_s=fetched.wait_s,
                 move_s=fetched.move_s,
+                read=fetched.read,
             )
         if not one.dropped:
             self._tell_settled(one.settled)

@@ -25,12 +25,20 @@ from headrace.protocol.engine_messages import (
     ToEngine,
 )
 from headrace.protocol.messages import StartFailed, WorkerInfo
-from headrace.transfer import Exports, Pool
+from headrace.transfer import Connector, Exports, Pool
 from headrace.worker.imports import Imports
 from headrace.worker.options import WorkerOptions
 from headrace.worker.relay import Relay
 from headrace.worker.session import RejectedError, Session
-from headrace.world import Connection, ConnectionLost, Listener, Memory, World
+from headrace.world import (
+    AgentUnavailable,
+    Connection,
+    ConnectionLost,
+    Listener,
+    Memory,
+    MemoryAgent,
+    World,
+)
 from headrace.world.launcher import Launcher, Process, to_the_end
 
 START_TIMEOUT_S = 600.0
@@ -73,6 +81,8 @@ class EngineLife:
         self._stuck = False
         self._start_failure: str | None = None
         self._memory: Memory | None = None
+        self._agent: MemoryAgent | None = None
+        self._ended = False
         self._data: Listener | None = None
         self._relay = Relay(world, self._tell)
         self.served_s: float | None = None
@@ -81,6 +91,11 @@ class EngineLife:
     @property
     def is_ready(self) -> bool:
         return self._connected.is_set()
+
+    @property
+    def agent(self) -> MemoryAgent | None:
+        """What reads blocks of other workers and shows ours, if anything does."""
+        return self._agent
 
     def open_legs(self) -> dict[str, int]:
         """What is owed to gateways and other workers, for those who check that nothing is left."""
@@ -199,12 +214,15 @@ class EngineLife:
 
     async def _end(self, process: Process) -> None:
         """Stop all transfers, end the process."""
+        self._ended = True
         if self._data is not None:
             await self._data.close()
         if self._relay.imports is not None:
             await self._relay.imports.close()
         if self._relay.exports is not None:
             await self._relay.exports.close()
+        if self._agent is not None:
+            await self._agent.close()
         if self._memory is not None:
             self._memory.close()
         if self._channel is not None:
@@ -243,7 +261,10 @@ class EngineLife:
                 return
             if not isinstance(first, EngineReady):
                 raise ProtocolError(connection.peer, f"began with {type(first).__name__}, not EngineReady")
-            self._begin(channel, first)
+            lacks = await self._open_agent(first)
+            if self._ended:
+                return
+            self._begin(channel, first, lacks)
             while (message := await channel.receive()) is not None:
                 if isinstance(message, EngineFailed):
                     self._lose(message.message)
@@ -254,10 +275,34 @@ class EngineLife:
             self._lose("")
         except ProtocolError as error:
             self._lose(f"nonsense: {error.reason}")
+        except AgentUnavailable as error:
+            self._start_failure = f"--connector nixl cannot be had: {error}"
+            self._lost.set()
         except OSError as error:  # its memory is not to be had
             self._lose(f"its KV blocks: {error}")
 
-    def _begin(self, channel: Channel[FromEngine], ready: EngineReady) -> None:
+    async def _open_agent(self, ready: EngineReady) -> str:
+        """Have blocks read by others without us, and theirs by us; returns why that cannot be.
+
+        Raises AgentUnavailable where it must be.
+        """
+        wanted = self._options.connector
+        if ready.pool is None or self._data is None or wanted == "tcp":
+            return ""
+        path, size = ready.pool.path, ready.pool.size
+        try:
+            agent = await self._world.open_agent(path, size, self._data.address, self._report)
+        except AgentUnavailable as error:
+            if wanted == "nixl":
+                raise
+            return str(error)
+        if self._ended:
+            await agent.close()
+        else:
+            self._agent = agent
+        return ""
+
+    def _begin(self, channel: Channel[FromEngine], ready: EngineReady, lacks: str) -> None:
         """The engine stands: make what lives with it."""
         options, world = self._options, self._world
         generation = world.random.stream("generations").getrandbits(63)
@@ -273,10 +318,18 @@ class EngineLife:
                 generation=generation,
                 released=relay.export_released,
                 lease_s=options.lease_s,
+                agent=self._agent,
             )
             relay.exports.served_at(self._data.address)
             relay.imports = Imports(
-                world, pool, to_engine=self._tell, settled=relay.import_settled, report=self._report
+                world,
+                pool,
+                to_engine=self._tell,
+                settled=relay.import_settled,
+                report=self._report,
+                connector=Connector(
+                    self._agent, checked=options.check_reads, lacks=lacks, report=self._report
+                ),
             )
         info = WorkerInfo(
             worker_id=options.worker_id,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
 from headrace.protocol.messages import Role
+
+Connector = Literal["auto", "tcp", "nixl"]
+"""`auto`: over NIXL between workers that both have it and reach each other, else over TCP. `tcp`: over TCP.
+`nixl`: as `auto`, and the worker does not start where it cannot have NIXL."""
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,6 +25,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Where it serves KV blocks to other workers; None where there are no others."""
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     """An engine that has not answered for so long is stuck, and is ended."""
+    connector: Connector = "auto"
+    """How KV blocks move between workers."""
+    check_reads: bool = False
+    """Whether blocks that came over NIXL are compared with checksums of the source's; over TCP all are."""
     lease_s: float = 30.0
     """How long computed blocks wait to be fetched."""
 

@@ -52,6 +52,10 @@ LONGEST_PAUSE_S = 30.0
 """Pauses before a lost agent is started again, doubled until one has read or served something."""
 
 
+class _NotQuiet(ReadFailed):
+    """A read failed, and nobody knows whether all of it is over."""
+
+
 async def open_nixl(
     path: str, size: int, address: str, report: Callable[[str], None] = lambda line: None
 ) -> MemoryAgent:
@@ -134,7 +138,7 @@ class NixlAgent(MemoryAgent):
         except asyncio.CancelledError:
             await to_the_end(self._quiet(done))
             raise
-        except ReadFailed:
+        except _NotQuiet:
             await to_the_end(self._gone())
             raise
 
@@ -178,7 +182,7 @@ class NixlAgent(MemoryAgent):
     async def _quiet(self, done: asyncio.Future[list[int]]) -> None:
         """Wait until a read that is not wanted is over."""
         await asyncio.wait({done}, timeout=QUIET_S)
-        if not done.done() or done.exception() is not None:
+        if not done.done() or isinstance(done.exception(), _NotQuiet):
             await self._gone()
 
     async def _gone(self) -> None:
@@ -271,7 +275,7 @@ class NixlAgent(MemoryAgent):
         if done is None or done.done():
             return
         if message.error:
-            done.set_exception(ReadFailed(message.error))
+            done.set_exception((ReadFailed if message.quiet else _NotQuiet)(message.error))
         else:
             self._was_useful = True
             done.set_result(message.checksums)

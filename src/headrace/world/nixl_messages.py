@@ -50,6 +50,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     error: str = ""
+    quiet: bool = False
+    """Whether it is certain, although it failed, that nothing moves."""
     checksums: list[int] = []
 
 

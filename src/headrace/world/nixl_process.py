@@ -115,18 +115,22 @@ class _Agent:
             case Sum():
                 self._say(Done(order.number, checksums=self._sums(order.offsets, order.size)))
             case Read():
-                try:
-                    handle = self._post(order)
-                    self._tell(order.number, handle, self._agent.transfer(handle))
-                except Exception as error:  # NIXL's are many, and whoever asked is told
-                    self._reads.pop(order.number, None)
-                    self._say(Done(order.number, error=_in_words(error)))
+                self._read(order)
 
     def _sums(self, offsets: Sequence[int], size: int) -> list[int]:
         memory = self._memory.buffer
         return [_native.crc32c(memory[offset : offset + size]) for offset in offsets]
 
-    def _post(self, order: Read) -> Any:
+    def _read(self, order: Read) -> None:
+        posted = False
+        try:
+            handle = self._prepare(order)
+            posted = True
+            self._tell(order.number, handle, self._agent.transfer(handle))
+        except Exception as error:  # NIXL's are many, and whoever asked is told
+            self._say(Done(order.number, error=_in_words(error), quiet=not posted))
+
+    def _prepare(self, order: Read) -> Any:
         """The transfer's handle. Raises ValueError, and NIXL's errors."""
         name, where = self._peer(order.peer)
         size = order.size
