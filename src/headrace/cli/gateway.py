@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from headrace.cli.config_options import ConfigFlags, Configured
 from headrace.cli.errors import clear_errors
 from headrace.cli.groups import spread
-from headrace.cli.http_options import CredentialsDirectory, HttpFlags, SplitFlags
+from headrace.cli.http_options import CredentialsDirectory, HttpFlags, SplitFlags, say
 from headrace.cli.options import Model
 from headrace.cli.serving import serve_http
 from headrace.config import EngineOptions
@@ -18,6 +19,7 @@ DEFAULT_LISTEN = "127.0.0.1:7000"
 
 @spread
 def gateway(
+    context: typer.Context,
     model: Model,
     http: HttpFlags,
     listen: Annotated[
@@ -26,11 +28,16 @@ def gateway(
     credentials: CredentialsDirectory = None,
     *,
     split: SplitFlags,
+    configured: ConfigFlags,
 ) -> None:
     """Serve MODEL over HTTP with the workers that join. It reads the model's text, not its weights."""
     with clear_errors():
         from headrace.api.workers import Pools
 
+        said = Configured.of(context)
+        for section in ("pools", "engine", "autoscale"):
+            if said.file.says(section):
+                say(f"{said.path or '--set'}: {section} is of workers, and left to those that join")
         serve_http(
             model,
             lambda files: EngineOptions(
@@ -38,7 +45,8 @@ def gateway(
             ),
             Pools(elsewhere=True),
             http=http,
-            split=split,
+            gateway=said.gateway(split.policy()),
+            named_by=said.naming(model),
             listen=listen,
             credentials=credentials,
         )

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.early import unwinding
-from headrace.cli.errors import clear_errors
 from headrace.cluster.options import SplitPolicy
 from headrace.config import ApiKey, ServingOptions, format_size, parse_size, read_keys
-from headrace.config.cluster import read_cluster
 from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
 
 if TYPE_CHECKING:
@@ -100,25 +98,6 @@ class SplitFlags:
         )
 
 
-def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
-    """Let a file's values be the defaults of the other options."""
-    if path is not None and not context.resilient_parsing:
-        with clear_errors():
-            context.default_map = {**(context.default_map or {}), **read_cluster(path).as_options()}
-    return path
-
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="YAML file of the cluster; options given here go before what it says.",
-        is_eager=True,
-        callback=_defaults_from,
-        show_default=False,
-    ),
-]
 CredentialsDirectory = Annotated[
     Path | None,
     typer.Option(

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from headrace.cli.config_options import ConfigFlags, Configured
 from headrace.cli.errors import clear_errors
 from headrace.cli.groups import spread
-from headrace.cli.http_options import ConfigFile, CredentialsDirectory, HttpFlags, SplitFlags
+from headrace.cli.http_options import CredentialsDirectory, HttpFlags, SplitFlags
 from headrace.cli.options import Model
 from headrace.cli.serving import serve_http
 from headrace.cli.worker_options import (
@@ -22,6 +23,7 @@ from headrace.cli.worker_options import (
 
 @spread
 def serve(
+    context: typer.Context,
     model: Model,
     http: HttpFlags,
     *,
@@ -35,7 +37,7 @@ def serve(
         typer.Option(min=0, help="Workers that do everything.", show_default="1, where there are no others"),
     ] = 0,
     split: SplitFlags,
-    config: ConfigFile = None,
+    configured: ConfigFlags,
     listen: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Let workers of elsewhere join here.", show_default=False),
@@ -59,7 +61,8 @@ def serve(
             lambda files: workers.engine(files, http.served_model_name),
             pools,
             http=http,
-            split=split,
+            gateway=Configured.of(context).gateway(split.policy()),
+            named_by=Configured.of(context).naming(model),
             listen=listen,
             credentials=credentials,
         )

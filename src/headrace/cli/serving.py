@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headrace.cli import STARTED_S
 from headrace.cli.early import unwinding
-from headrace.cli.http_options import HttpFlags, SplitFlags, cluster_credentials, say
+from headrace.cli.http_options import HttpFlags, cluster_credentials, say
 from headrace.cluster.options import GatewayOptions
 from headrace.config import EngineOptions
 
@@ -17,13 +17,23 @@ if TYPE_CHECKING:
     from headrace.store import ModelFiles
 
 
-def find_model(model: str) -> ModelFiles:
-    """The files of a model, pulled if they are not here. Raises ModelError, OSError."""
-    from headrace.cli.models import PullProgress
-    from headrace.store import resolve
+def find_model(model: str, named_by: str = "") -> ModelFiles:
+    """The files of a model, pulled if they are not here; `named_by` is a file that asks for it.
 
-    with unwinding(), PullProgress() as progress:
-        return resolve(model, progress)
+    Raises ModelError, OSError.
+    """
+    from headrace.cli.models import PullProgress
+    from headrace.store import ModelNotFoundError, resolve
+
+    try:
+        with unwinding(), PullProgress() as progress:
+            return resolve(model, progress)
+    except ModelNotFoundError as error:
+        if not named_by:
+            raise
+        raise ModelNotFoundError(
+            f"{error}. {named_by} names it; name another with --set model=NAME"
+        ) from None
 
 
 def serve_http(
@@ -32,19 +42,21 @@ def serve_http(
     pools: Pools,
     *,
     http: HttpFlags,
-    split: SplitFlags,
+    gateway: GatewayOptions,
+    named_by: str,
     listen: str | None,
     credentials: Path | None,
 ) -> None:
     """Serve until a signal says otherwise; at `listen` workers of elsewhere join.
 
+    `named_by` is a file that asks for the model, or nothing.
     Raises what the user can mend, in words: see `clear_errors`.
     """
     from headrace.api.http import bind
 
     serving = http.serving()
     bound = bind(http.host, http.port)
-    files = find_model(model)
+    files = find_model(model, named_by)
     options = engine(files)
     import uvloop
 
@@ -64,7 +76,7 @@ def serve_http(
         drain_timeout_s=http.drain_timeout,
         pools=pools,
         door=Door(listen, cluster_credentials(credentials, make=True)) if listen is not None else None,
-        gateway=GatewayOptions(split=split.policy()),
+        gateway=gateway,
         started_s=STARTED_S,
         say=say,
     )

@@ -165,17 +165,11 @@ def _scope(faults: str, count: int, only: str | None, config: Path | None, execu
 
 def _workers(config: Path) -> dict[str, Role]:
     """Workers by name, as a cluster's file counts them."""
-    from headrace.config.cluster import read_cluster
+    from headrace.config.reading import read_cluster
     from headrace.protocol.messages import Role
 
-    pools = read_cluster(config).pools
-    sizes = {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.BOTH: pools.both}
-    workers = {
-        f"{role}{number}": role
-        for role, pool in sizes.items()
-        if pool is not None
-        for number in range(pool.replicas)
-    }
+    counts = read_cluster(config).replicas()
+    workers = {f"{role}{number}": role for role in Role for number in range(counts[role])}
     if not any(role.decodes for role in workers.values()):
-        raise ValueError(f"{config}: pools: no worker decodes; add one, as in decode: {{replicas: 1}}")
+        raise ValueError(f"{config}: pools: no worker decodes; add one, as in both: {{replicas: 1}}")
     return workers

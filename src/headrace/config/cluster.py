@@ -1,24 +1,83 @@
-"""A cluster as a YAML file says it: what `headrace serve --config` reads.
+"""A cluster as a YAML file says it: every section and field, its limits, its default.
 
-In: a file. Out: the values of the command line's options, by their names; what the command line says itself
-goes first. Everything is checked before anything starts, and what is not known is refused by name.
+In: what `reading` found in the file. Out: a `ClusterFile`, and the values of command-line options by their
+names, for those fields that have one. Defaults are those of the options that fields become; a test holds them
+together. It must not know who acts on a field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from headrace.config.engine import Dtype, Quantization
-from headrace.config.sizes import parse_size
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Dtype, EngineOptions, Quantization
+from headrace.config.sizes import format_size, parse_size
+
+POLICIES: Mapping[str, str] = MappingProxyType(
+    {
+        "cost": "to the lowest weighted sum of uncached blocks, queue and decode load",
+        "latency": "to the lowest predicted TTFT, and TPOT",
+        "capacity": "by what each worker has room for, weighted by its measured speed",
+        "random": "anywhere, by chance",
+        "round_robin": "to each worker in turn",
+        "least_loaded": "to the worker with the least to do",
+        "power_of_two": "to the less loaded of two drawn by chance",
+        "prefix": "to the worker that holds most of the prompt",
+        "session": "where the session's last request went",
+    }
+)
+"""The built-in routing policies, and where each sends a request."""
+
+_ENGINE = EngineOptions(directory="", served_name="")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def _in_words(size: Any) -> Any:
+    """A plain number of bytes is a size too."""
+    return str(size) if isinstance(size, int) and not isinstance(size, bool) else size
+
+
+def _check_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+def _check_policy(name: str) -> str:
+    module, colon, of_it = name.partition(":")
+    if name in POLICIES or (colon and module.replace(".", "").isidentifier() and of_it.isidentifier()):
+        return name
+    raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}, and module:Class")
+
+
+def _check_once(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(names)} names a step twice")
+    return names
+
+
+def _unit(unit: str, **limits: Any) -> Any:
+    return Field(json_schema_extra={"unit": unit}, **limits)
+
+
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, _unit("%", ge=0, le=100)]
+QueueLength = Annotated[float, _unit("requests per replica", ge=0)]
+Milliseconds = Annotated[float, _unit("ms", gt=0)]
+Size = Annotated[
+    str,
+    BeforeValidator(_in_words),
+    AfterValidator(_check_size),
+    Field(json_schema_extra={"unit": "bytes", "type": ["string", "integer"]}),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -26,105 +85,206 @@ class _Section(BaseModel):
         """A section without a field says nothing."""
         return {} if content is None else content
 
+    def says(self, field: str) -> bool:
+        """Whether the file has this field."""
+        return field in self.model_fields_set
 
-class Pool(_Section):
+
+class Pool(Section):
     """Workers of one role."""
 
-    replicas: int = Field(ge=0)
+    replicas: Annotated[int, _unit("workers", ge=0)]
+    """Workers that `serve` starts."""
 
 
-class Pools(_Section):
+class Pools(Section):
+    """The workers, by role. A pool that is not named has `min_replicas` of `autoscale`, or none; where all
+    are empty, one worker does everything."""
+
     prefill: Pool | None = None
+    """Workers that prefill long prompts for others."""
     decode: Pool | None = None
+    """Workers that decode; prompts that are not offloaded they prefill too."""
     both: Pool | None = None
+    """Workers that do everything; without a prefill pool they prefill for workers that decode."""
 
 
-class SplitPolicySection(_Section):
-    """When a prompt is prefilled by another worker than the one that decodes it."""
+class SplitPolicy(Section):
+    """When a prompt is prefilled by another worker than the one that decodes it, and the router's weights."""
 
-    prompt_length_threshold: int | None = Field(default=None, ge=0)
-    prefill_queue_max: int | None = Field(default=None, ge=1)
+    prompt_length_threshold: Annotated[int, _unit("tokens", ge=0)] = 256
+    """A prompt with more uncached tokens than this goes to a prefill worker."""
+    prefill_queue_max: Annotated[int, _unit("requests per prefill worker", ge=1)] = 32
+    """Unless each prefill worker has so many already; then the prompt is computed where it is decoded."""
+    prefix_cache_weight: Weight = 1.0
+    """Weight, in the policy `cost`, of the prompt's blocks that a worker does not hold; 0 leaves it out."""
+    queue_length_weight: Weight = 1.0
+    """Weight, in the policy `cost`, of what waits at a worker."""
+    decode_load_weight: Weight = 0.5
+    """Weight, in the policy `cost`, of what a worker decodes."""
+    enable_hotspot_prevention: bool = True
+    """Whether a popular prefix spreads to more workers when those that hold it are busier than others."""
 
 
-class CacheSection(_Section):
+class Routing(Section):
+    """Which worker a request goes to."""
+
+    policy: Annotated[str, AfterValidator(_check_policy)] = "cost"
+    """`cost`, `latency`, `capacity`, `random`, `round_robin`, `least_loaded`, `power_of_two`, `prefix`,
+    `session`, or a class of one's own as `module:Class`."""
+
+
+class Cache(Section):
+    """The prefix cache."""
+
     reuse_prefix: bool = True
+    """Whether prompts share what they begin with; without, every prompt is computed from its first token."""
+    min_cache_hit_ratio: Share = 0.0
+    """A worker that holds a smaller share of the prompt's blocks than this is compared by its load alone."""
 
 
-class EngineSection(_Section):
-    """Of every worker. Lengths in tokens; sizes as 512MiB."""
+class Engine(Section):
+    """Every worker's engine."""
 
-    dtype: Dtype | None = None
-    quantization: Quantization | None = None
-    threads: int | None = Field(default=None, ge=1)
-    """Of all workers together."""
-    max_model_len: int | None = Field(default=None, ge=2)
-    max_num_seqs: int | None = Field(default=None, ge=1)
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    max_waiting: int | None = Field(default=None, ge=1)
-    kv_cache_memory: str | None = None
-    block_size: int | None = Field(default=None, ge=1, le=1024)
-    batch_invariant: bool | None = None
-    step_timeout: float | None = Field(default=None, ge=1.0)
-    """Seconds after which a step is taken for stuck."""
+    dtype: Dtype = _ENGINE.dtype
+    """Precision of weights and KV cache; `auto` is bfloat16 where the processor computes in it."""
+    quantization: Quantization = _ENGINE.quantization
+    """Of the weights; `int8` reads half of bfloat16's bytes, and loses a little."""
+    threads: Annotated[int, _unit("cores", ge=1)] | None = None
+    """Of all workers together; without, every core that the process may use."""
+    max_model_len: Annotated[int, _unit("tokens", ge=2)] | None = None
+    """Longest prompt and output together; without, what the model and the KV cache allow."""
+    max_num_seqs: Annotated[int, _unit("sequences", ge=1)] = _ENGINE.max_num_seqs
+    """Sequences that run at once, in each worker."""
+    max_num_batched_tokens: Annotated[int, _unit("tokens", ge=1)] = _ENGINE.max_num_batched_tokens
+    """Tokens computed in one step; longer prompts are prefilled in chunks. At least `max_num_seqs`."""
+    max_waiting: Annotated[int, _unit("sequences", ge=1)] = _ENGINE.max_waiting
+    """Sequences that may wait at a worker; more are refused with 429."""
+    kv_cache_memory: Size = format_size(_ENGINE.kv_cache_memory).replace(" ", "")
+    """KV cache of each worker, as in 512MiB or 2GiB, or a number of bytes."""
+    block_size: Annotated[int, _unit("tokens", ge=1, le=1024)] = _ENGINE.block_size
+    """Positions of one KV block."""
+    batch_invariant: bool = _ENGINE.batch_invariant
+    """The same bits of output whatever else runs."""
+    step_timeout: Annotated[float, _unit("s", ge=1)] = DEFAULT_STEP_TIMEOUT_S
+    """An engine that takes longer for a step is stuck, and is replaced."""
 
-    @field_validator("kv_cache_memory")
-    @classmethod
-    def _size(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_size(text)
-        return text
+
+class ScaleUp(Section):
+    """A replica is added when any of these holds."""
+
+    queue_length: QueueLength | None = None
+    """More requests wait than this."""
+    gpu_utilization: Percent | None = None
+    """The accelerators are busier than this."""
+    kv_cache_usage: Percent | None = None
+    """More of the KV cache is held than this."""
 
 
-class ClusterFile(_Section):
-    """The whole file."""
+class ScaleDown(Section):
+    """A replica is removed when all of these hold."""
+
+    queue_length: QueueLength | None = None
+    """Fewer requests wait than this."""
+    gpu_utilization: Percent | None = None
+    """The accelerators are less busy than this."""
+    kv_cache_usage: Percent | None = None
+    """Less of the KV cache is held than this."""
+
+
+class PoolAutoscale(Section):
+    """Limits and conditions of one pool."""
+
+    min_replicas: Annotated[int, _unit("workers", ge=0)]
+    """The fewest; so many are started where `pools` does not say."""
+    max_replicas: Annotated[int, _unit("workers", ge=1)]
+    """The most."""
+    window_s: Annotated[float, _unit("s", gt=0)] = 30.0
+    """How long a condition must hold."""
+    scale_up: ScaleUp = ScaleUp()
+    """When a replica is added; without a condition, never."""
+    scale_down: ScaleDown = ScaleDown()
+    """When a replica is removed; without a condition, never."""
+
+
+class Autoscale(Section):
+    """How pools grow and shrink. Checked by this version; only `min_replicas` acts in it."""
+
+    prefill: PoolAutoscale | None = None
+    """Of the prefill pool."""
+    decode: PoolAutoscale | None = None
+    """Of the decode pool."""
+    both: PoolAutoscale | None = None
+    """Of the pool whose workers do everything."""
+
+
+class Slo(Section):
+    """What a request may expect (SLO)."""
+
+    ttft_ms: Milliseconds = 200.0
+    """Time to the first token."""
+    tpot_ms: Milliseconds = 50.0
+    """Time per output token after the first."""
+
+
+class Qos(Section):
+    """Whether a request may come in, by what it would have to wait."""
+
+    policy: Literal["predictive", "naive"] = "predictive"
+    """How TTFT and TPOT are foreseen: `predictive`, by models fitted to each worker, or `naive`, queue length
+    times average time."""
+    enable_early_rejection: bool = False
+    """Whether a request is refused for what it would have to wait; without, only when queues are full."""
+    low_priority_threshold_ms: Milliseconds = 500.0
+    """A low-priority request is refused when its predicted TTFT is above this."""
+    reject_on_slo_violation: bool = False
+    """Whether a normal one is refused when its predicted TTFT or TPOT is above the SLO."""
+    degrade: Annotated[list[Literal["n", "max_tokens"]], AfterValidator(_check_once)] = []
+    """What may be taken from a request before it is refused, in this order: `n`, `max_tokens`."""
+
+
+class ClusterFile(Section):
+    """A Headrace cluster."""
 
     model: str | None = None
+    """A name, a directory, a GGUF file, or a hub id; without, the command line gives it."""
     served_model_name: str | None = None
+    """Name that clients ask for; without, the model's own."""
     pools: Pools = Pools()
-    split_policy: SplitPolicySection = SplitPolicySection()
-    cache: CacheSection = CacheSection()
-    engine: EngineSection = EngineSection()
+    split_policy: SplitPolicy = SplitPolicy()
+    routing: Routing = Routing()
+    cache: Cache = Cache()
+    engine: Engine = Engine()
+    autoscale: Autoscale = Autoscale()
+    slo: Slo = Slo()
+    qos: Qos = Qos()
+
+    def replicas(self) -> dict[str, int]:
+        """Workers of each role that are to be started; all 0 is one that does everything."""
+        found = {}
+        for role in ROLES:
+            pool, scaled = getattr(self.pools, role), getattr(self.autoscale, role)
+            found[role] = pool.replicas if pool is not None else scaled.min_replicas if scaled else 0
+        return found
+
+    @property
+    def splits(self) -> bool:
+        """Whether some workers that are started prefill for others."""
+        counts = self.replicas()
+        return counts["prefill"] > 0 or (counts["decode"] > 0 and counts["both"] > 0)
 
     def as_options(self) -> dict[str, Any]:
-        """What the file says, by the names of `headrace serve`'s options."""
-        pools = self.pools
-        found: dict[str, Any] = {
-            "model": self.model,
-            "served_model_name": self.served_model_name,
-            "prefill": pools.prefill.replicas if pools.prefill is not None else None,
-            "decode": pools.decode.replicas if pools.decode is not None else None,
-            "both": pools.both.replicas if pools.both is not None else None,
-            "no_prefix_caching": not self.cache.reuse_prefix,
-            **self.split_policy.model_dump(),
-            **self.engine.model_dump(),
-        }
+        """What the file says of that which has an option of `headrace serve`, by the options' names."""
+        found: dict[str, Any] = {"model": self.model, "served_model_name": self.served_model_name}
+        named = self.pools.model_fields_set | self.autoscale.model_fields_set
+        found |= {role: count for role, count in self.replicas().items() if role in named}
+        if self.cache.says("reuse_prefix"):
+            found["no_prefix_caching"] = not self.cache.reuse_prefix
+        split = {"prompt_length_threshold", "prefill_queue_max"}
+        found |= self.split_policy.model_dump(include=split, exclude_unset=True)
+        found |= self.engine.model_dump(exclude_unset=True)
         return {name: value for name, value in found.items() if value is not None}
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML forbids a key that comes twice; the library takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.MarkedYAMLError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_cluster(path: Path) -> ClusterFile:
-    """Raises OSError, ValueError that names file, place and what is wrong."""
-    try:
-        content = yaml.load(path.read_text("utf-8"), _EachKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} has no fields; write for example: pools: {{decode: {{replicas: 2}}}}")
-    try:
-        return ClusterFile.model_validate(content)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        where = ".".join(map(str, first["loc"]))
-        what = "is not a known field" if first["type"] == "extra_forbidden" else first["msg"].lower()
-        if first["type"] == "value_error":  # our own words
-            what = str(first["ctx"]["error"])
-        raise ValueError(f"{path}: {where}: {what}") from None
+ROLES = tuple(Pools.model_fields)
+"""The pools there are; each is a role of workers, and may be scaled."""

@@ -19,6 +19,9 @@ KernelLibrary = Literal["auto", "native", "reference"]
 MAX_CACHE_KEY_BYTES = 64
 """What BLAKE2b takes as a key."""
 
+CACHE_KEY_BYTES = 32
+"""Of a key that is drawn at random."""
+
 DEFAULT_STEP_TIMEOUT_S = 60.0
 """How long a step may take: far longer than any does that computes."""
 

@@ -8,6 +8,7 @@ from .builtin import BUILTIN_MODELS, ORIGINAL_GGUF, BuiltinModel, PullListener, 
 from .errors import DownloadError, ModelError, ModelFileError, ModelNotFoundError, UnsupportedModelError
 from .files import ModelFiles, open_model
 from .home import home_dir, installed, models_dir, remove
+from .look import look_for
 from .names import import_gguf, resolve
 from .safetensors_file import TensorEntry, safetensors_index
 
@@ -26,6 +27,7 @@ __all__ = [
     "home_dir",
     "import_gguf",
     "installed",
+    "look_for",
     "models_dir",
     "open_model",
     "pull",

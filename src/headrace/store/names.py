@@ -33,13 +33,18 @@ def resolve(name_or_path: str | Path, listener: PullListener | None = None) -> M
         return open_model(pull(text, listener))
     if text in installed():
         return open_model(models_dir() / text)
-    if _HUB_ID.fullmatch(text) and not text.startswith("."):
+    if is_hub_id(text):
         return open_model(fetch(text), name=text)
     known = ", ".join(sorted({*BUILTIN_MODELS, *installed()}))
     raise ModelNotFoundError(
         f"no model {text!r}: it is neither a directory, a GGUF file, nor one of {known}; "
         "a model on the hub is written organisation/name"
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is written like a model's id on the hub."""
+    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def import_gguf(path: Path, name: str | None = None, listener: PullListener | None = None) -> Path:

@@ -1,0 +1,100 @@
+"""What this machine lacks for a cluster that a file asks for, said before anything starts.
+
+In: a checked file and what the machine has. Out: sentences; nothing is fetched, started or taken.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headrace.config import format_size, parse_size
+from headrace.config.cluster import ROLES, ClusterFile
+from headrace.config.engine import usable_cores
+from headrace.store import ModelError, ModelFiles, look_for
+from headrace.world.machine import available_memory, gpu_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What there is to run a cluster on."""
+
+    cores: int
+    memory: int | None
+    """Bytes that can still be had, or None where the system does not say."""
+    gpus: int
+    nixl: bool
+    """Whether KV blocks can be moved by NIXL."""
+
+    @classmethod
+    def this(cls) -> Machine:
+        return cls(
+            cores=usable_cores(),
+            memory=available_memory(),
+            gpus=gpu_count(),
+            nixl=importlib.util.find_spec("nixl") is not None,
+        )
+
+
+def lacks(file: ClusterFile, machine: Machine) -> list[str]:
+    """What the file asks for and the machine has not, each with what to do or what happens instead."""
+    counts = file.replicas()
+    workers = sum(counts.values()) or 1
+    model, said = _model(file)
+    found = [said] if said else []
+    found += _memory(file, machine, workers, model)
+    cores = file.engine.threads or machine.cores
+    if cores > machine.cores:
+        found.append(f"cores: engine.threads is {cores}, and there are {machine.cores}; lower it")
+    elif workers > cores:
+        found.append(
+            f"cores: {workers} workers compute on {cores}, one thread each, and take turns; start fewer"
+        )
+    if machine.gpus == 0:
+        found += [
+            f"GPUs: there is none, and {field} measures them; use queue_length" for field in _of_gpus(file)
+        ]
+    if file.splits and not machine.nixl:
+        found.append("NIXL: it is not installed, so KV blocks go over TCP; pip install 'headrace[nixl]'")
+    return found
+
+
+def _model(file: ClusterFile) -> tuple[ModelFiles | None, str]:
+    if file.model is None:
+        return None, ""
+    try:
+        here = look_for(file.model)
+    except ModelError as error:
+        return None, f"model: {error}. Name another with --set model=NAME"
+    except OSError as error:
+        return None, f"model: {file.model} cannot be read: {error}"
+    return (None, f"model: {file.model} {here}") if isinstance(here, str) else (here, "")
+
+
+def _memory(file: ClusterFile, machine: Machine, workers: int, model: ModelFiles | None) -> list[str]:
+    element_bytes = 4 if file.engine.dtype == "float32" else 2
+    tensors = model.tensors.values() if model is not None else ()
+    weights = sum(math.prod(tensor.shape) for tensor in tensors) * element_bytes
+    cache = parse_size(file.engine.kv_cache_memory)
+    need = workers * (weights + cache)
+    if machine.memory is None or need <= machine.memory:
+        return []
+    each = f"{format_size(cache)} of KV cache" + (
+        f" and {format_size(weights)} of weights" if weights else ""
+    )
+    return [
+        f"memory: {workers} workers with {each} each need {format_size(need)}"
+        f"{'' if weights else ' beside their weights'}, and {format_size(machine.memory)} are available; "
+        "start fewer, or lower engine.kv_cache_memory"
+    ]
+
+
+def _of_gpus(file: ClusterFile) -> Iterator[str]:
+    for role in ROLES:
+        if (scaled := getattr(file.autoscale, role)) is None:
+            continue
+        for name in ("scale_up", "scale_down"):
+            if getattr(scaled, name).gpu_utilization is not None:
+                yield f"autoscale.{role}.{name}.gpu_utilization"

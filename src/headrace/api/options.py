@@ -1,0 +1,41 @@
+"""From a cluster's file to what the gateway is asked to be.
+
+In: a checked `ClusterFile`. Out: `GatewayOptions`, with times in seconds.
+"""
+
+from __future__ import annotations
+
+from headrace.cluster.options import (
+    AdmissionOptions,
+    GatewayOptions,
+    RoutingOptions,
+    ServiceLevels,
+    SplitPolicy,
+)
+from headrace.config.cluster import ClusterFile
+
+
+def gateway_options(file: ClusterFile) -> GatewayOptions:
+    """What the file asks of a gateway."""
+    split, qos = file.split_policy, file.qos
+    return GatewayOptions(
+        split=SplitPolicy(
+            prompt_length_threshold=split.prompt_length_threshold, prefill_queue_max=split.prefill_queue_max
+        ),
+        routing=RoutingOptions(
+            policy=file.routing.policy,
+            prefix_cache_weight=split.prefix_cache_weight,
+            queue_length_weight=split.queue_length_weight,
+            decode_load_weight=split.decode_load_weight,
+            hotspot_prevention=split.enable_hotspot_prevention,
+            min_cache_hit_ratio=file.cache.min_cache_hit_ratio,
+        ),
+        slo=ServiceLevels(ttft_s=file.slo.ttft_ms / 1e3, tpot_s=file.slo.tpot_ms / 1e3),
+        admission=AdmissionOptions(
+            policy=qos.policy,
+            early_rejection=qos.enable_early_rejection,
+            low_priority_threshold_s=qos.low_priority_threshold_ms / 1e3,
+            reject_on_slo_violation=qos.reject_on_slo_violation,
+            degrade=tuple(qos.degrade),
+        ),
+    )

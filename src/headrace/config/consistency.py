@@ -1,0 +1,117 @@
+"""What fields say of each other: where they contradict, and where one of them will not act.
+
+In: a file whose every field is sound by itself. Out: sentences. A contradiction is refused, with the reason
+and what to do; what merely does not act, or is odd, is told of and let be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.config.cluster import ROLES, ClusterFile, PoolAutoscale, Section
+from headrace.config.engine import EngineOptions
+from headrace.config.sizes import parse_size
+
+_MEASURES = ("queue_length", "gpu_utilization", "kv_cache_usage")
+_WEIGHTS = ("prefix_cache_weight", "queue_length_weight", "decode_load_weight")
+_EARLY = ("policy", "low_priority_threshold_ms", "reject_on_slo_violation", "degrade")
+
+
+def contradictions(file: ClusterFile) -> list[str]:
+    """What cannot be meant together; each begins with the field that is wrong."""
+    found = [*_engine(file), *_pools(file)]
+    for role in ROLES:
+        if (scaled := getattr(file.autoscale, role)) is not None:
+            found += _scaling(file, role, scaled)
+    threshold, longest = file.split_policy.prompt_length_threshold, file.engine.max_model_len
+    if file.splits and longest is not None and threshold >= longest:
+        found.append(
+            f"split_policy.prompt_length_threshold: no prompt has more than {threshold} tokens, since "
+            f"engine.max_model_len is {longest}, so prefill workers would get nothing; lower it, or leave "
+            "out pools.prefill"
+        )
+    return found
+
+
+def remarks(file: ClusterFile) -> list[str]:
+    """What does not act, or not as one may think, though it may be meant; each begins with its field."""
+    split, qos = file.split_policy, file.qos
+    found: list[str] = []
+    if not file.splits:
+        why = "no prefill worker is started, so this acts only for ones that join"
+        found += _tell(why, "split_policy", split, "prompt_length_threshold", "prefill_queue_max")
+    if file.routing.policy != "cost":
+        why = f"routing.policy is {file.routing.policy}, and only cost has weights"
+        found += _tell(why, "split_policy", split, *_WEIGHTS)
+    elif not file.cache.reuse_prefix:
+        why = "cache.reuse_prefix is false, so no worker holds blocks of a prompt that comes"
+        found += _tell(why, "split_policy", split, "prefix_cache_weight", "enable_hotspot_prevention")
+        found += _tell(why, "cache", file.cache, "min_cache_hit_ratio")
+    if not qos.enable_early_rejection:
+        found += _tell("acts only with qos.enable_early_rejection: true", "qos", qos, *_EARLY)
+    elif qos.reject_on_slo_violation and qos.low_priority_threshold_ms > file.slo.ttft_ms:
+        found.append(
+            f"qos.low_priority_threshold_ms: at {qos.low_priority_threshold_ms:g} ms it lets low-priority "
+            f"requests wait for longer than normal ones, which are refused above slo.ttft_ms "
+            f"({file.slo.ttft_ms:g} ms); lower it, or raise slo.ttft_ms"
+        )
+    return found
+
+
+def _tell(why: str, section: str, content: Section, *names: str) -> list[str]:
+    """The same of each field that the file has."""
+    return [f"{section}.{name}: {why}" for name in names if content.says(name)]
+
+
+def _engine(file: ClusterFile) -> list[str]:
+    said: dict[str, Any] = file.engine.model_dump(exclude={"step_timeout"}, exclude_none=True)
+    said["kv_cache_memory"] = parse_size(file.engine.kv_cache_memory)
+    try:
+        EngineOptions(directory="", served_name="", **said)
+    except ValueError as error:
+        return [f"engine: {error}"]
+    return []
+
+
+def _pools(file: ClusterFile) -> list[str]:
+    counts = file.replicas()
+    if counts["prefill"] and not (counts["decode"] or counts["both"]):
+        return [f"pools.prefill: {counts['prefill']} workers would prefill for nobody; add pools.decode"]
+    unsaid = file.pools.prefill is None and file.autoscale.prefill is None
+    if counts["decode"] and not counts["both"] and unsaid:
+        return [
+            f"pools.decode: {counts['decode']} workers would have to prefill everything themselves; add "
+            "pools.prefill, or name them pools.both. Where prefill workers join from elsewhere, say so with "
+            "pools: {prefill: {replicas: 0}}"
+        ]
+    return []
+
+
+def _scaling(file: ClusterFile, role: str, scaled: PoolAutoscale) -> list[str]:
+    here, least, most = f"autoscale.{role}", scaled.min_replicas, scaled.max_replicas
+    if least > most:
+        return [
+            f"{here}.min_replicas: {least} is above max_replicas ({most}); lower it, or raise max_replicas"
+        ]
+    found = []
+    pool = getattr(file.pools, role)
+    if pool is not None and not least <= pool.replicas <= most:
+        found.append(
+            f"pools.{role}.replicas: {pool.replicas} is not within min_replicas ({least}) and max_replicas "
+            f"({most}) of {here}; start as many as it may have, or widen these"
+        )
+    for name in _MEASURES:
+        up, down = getattr(scaled.scale_up, name), getattr(scaled.scale_down, name)
+        if up is not None and down is not None and down >= up:
+            found.append(
+                f"{here}.scale_down.{name}: {down:g} is not below scale_up.{name} ({up:g}), so that workers "
+                "would come and go in turn; lower it"
+            )
+    if least < most:
+        found += [
+            f"{here}.{name}: no condition is given, so that the pool would never {verb}; give one of "
+            f"{', '.join(_MEASURES)}, or make min_replicas and max_replicas equal"
+            for name, verb in (("scale_up", "grow"), ("scale_down", "shrink"))
+            if not getattr(scaled, name).model_dump(exclude_none=True)
+        ]
+    return found

@@ -1,0 +1,214 @@
+"""A cluster's file in words: what each field makes the cluster do.
+
+In: a checked file. Out: for each section its fields in order, with value, meaning and whether the value is a
+default. It must not know the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from headrace.config.cluster import POLICIES, ROLES, ClusterFile, PoolAutoscale
+
+_SERVES = {
+    "prefill": "prefill long prompts for others",
+    "decode": "decode, and prefill what is not offloaded",
+    "both": "do everything",
+}
+_MEASURED = {
+    "queue_length": "requests waiting per replica are {} {:g}",
+    "gpu_utilization": "utilisation of the accelerators is {} {:g}%",
+    "kv_cache_usage": "the share of KV cache held is {} {:g}%",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One field."""
+
+    field: str
+    """Its path."""
+    value: Any
+    says: str
+    default: bool
+    """Whether the file leaves it to us."""
+    acts: bool = True
+    """Whether this version does it; else a later one."""
+
+
+def in_words(file: ClusterFile) -> dict[str, list[Line]]:
+    """Lines by section, the sections in the order of the reference."""
+    whole = [_line(file, "", name, _says(file, name)) for name in ("model", "served_model_name")]
+    found = {"model": whole, "pools": list(_pools(file))}
+    for name in ("split_policy", "routing", "cache", "engine", "slo", "qos"):
+        section = getattr(file, name)
+        paths = [f"{name}.{field}" for field in type(section).model_fields]
+        found[name] = [
+            _line(section, f"{name}.", path.rpartition(".")[2], _says(file, path)) for path in paths
+        ]
+    found["autoscale"] = [
+        line for role in ROLES if (scaled := getattr(file.autoscale, role)) for line in _scaling(role, scaled)
+    ]
+    return found
+
+
+def _line(section: BaseModel, prefix: str, name: str, says: str, *, acts: bool = True) -> Line:
+    default = name not in section.model_fields_set
+    return Line(prefix + name, getattr(section, name), says, default, acts)
+
+
+def _pools(file: ClusterFile) -> Iterator[Line]:
+    alone = not any(file.replicas().values())
+    for role, count in file.replicas().items():
+        field, default = f"pools.{role}.replicas", getattr(file.pools, role) is None
+        if alone and role == "both":
+            yield Line(field, 1, "one worker does everything", default)
+            continue
+        says = f"{_many(count, 'worker')} that {_SERVES[role]}" if count else "no such worker"
+        if default and getattr(file.autoscale, role) is not None:
+            yield Line(field, count, f"{says}, from autoscale.{role}.min_replicas", False)
+        else:
+            yield Line(field, count, says, default)
+
+
+def _scaling(role: str, scaled: PoolAutoscale) -> Iterator[Line]:
+    prefix = f"autoscale.{role}."
+    here = {
+        "min_replicas": f"at least {_many(scaled.min_replicas, 'worker')}",
+        "max_replicas": f"at most {_many(scaled.max_replicas, 'worker')}",
+        "window_s": f"a condition must hold for {scaled.window_s:g} s",
+    }
+    for name, says in here.items():
+        yield _line(scaled, prefix, name, says, acts=name == "min_replicas")
+    for name, what, side in (
+        ("scale_up", "one worker more where", "above"),
+        ("scale_down", "one worker fewer where, beside the others,", "below"),
+    ):
+        section = getattr(scaled, name)
+        said = {m: limit for m in _MEASURED if (limit := getattr(section, m)) is not None}
+        for measure, limit in said.items():
+            beside = what if len(said) > 1 else what.replace(", beside the others,", "")
+            says = f"{beside} {_MEASURED[measure].format(side, limit)}"
+            yield _line(section, f"{prefix}{name}.", measure, says, acts=False)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _says(file: ClusterFile, path: str) -> str:
+    """What a field does, with the value that it has."""
+    section, _, name = path.rpartition(".")
+    value = getattr(getattr(file, section), name) if section else getattr(file, name)
+    return _SENTENCES[path](value, file)
+
+
+def _weight(of: str) -> Any:
+    def says(weight: float, file: ClusterFile) -> str:
+        if file.routing.policy != "cost":
+            return f"does not act: {file.routing.policy} has no weights"
+        return f"weight of {of}" if weight else f"{of} does not count"
+
+    return says
+
+
+def _acts_early(says: str, otherwise: str = "") -> Any:
+    """Words for a field that acts with early rejection only; `otherwise` where it is off itself."""
+
+    def words(value: Any, file: ClusterFile) -> str:
+        if not file.qos.enable_early_rejection:
+            return "does not act without enable_early_rejection"
+        if not value and otherwise:
+            return otherwise
+        return says.format(value=value, slo=file.slo)
+
+    return words
+
+
+_SENTENCES: dict[str, Any] = {
+    "model": lambda v, f: "is served" if v else "give one as the argument, or with --set model=NAME",
+    "served_model_name": lambda v, f: (
+        "is what clients ask for" if v else "clients ask for the model's own name"
+    ),
+    "split_policy.prompt_length_threshold": lambda v, f: (
+        f"a prompt with more than {_many(v, 'uncached token')} goes to a prefill worker"
+    ),
+    "split_policy.prefill_queue_max": lambda v, f: (
+        f"unless each prefill worker has {_many(v, 'request')}; then it is computed where it is decoded"
+    ),
+    "split_policy.prefix_cache_weight": _weight("the prompt's blocks that a worker does not hold"),
+    "split_policy.queue_length_weight": _weight("what waits at a worker"),
+    "split_policy.decode_load_weight": _weight("what a worker decodes"),
+    "split_policy.enable_hotspot_prevention": lambda v, f: (
+        "a popular prefix spreads to more workers when its own are busier than others"
+        if v
+        else "a popular prefix stays with the workers that hold it, however busy they are"
+    ),
+    "routing.policy": lambda v, f: f"a request goes {POLICIES.get(v, 'where this class says')}",
+    "cache.reuse_prefix": lambda v, f: (
+        "prompts share what they begin with" if v else "every prompt is computed from its first token"
+    ),
+    "cache.min_cache_hit_ratio": lambda v, f: (
+        f"a worker that holds less than {v:.0%} of the prompt's blocks is compared by its load alone"
+        if v
+        else "every block that a worker holds of the prompt counts"
+    ),
+    "engine.dtype": lambda v, f: (
+        "bfloat16 where the processor computes in it, else float32"
+        if v == "auto"
+        else "precision of weights and KV cache"
+    ),
+    "engine.quantization": lambda v, f: (
+        "weights as they are" if v == "none" else f"weights of linear layers in {v}"
+    ),
+    "engine.threads": lambda v, f: (
+        f"{_many(v, 'core')}, shared out among the workers"
+        if v
+        else "all cores, shared out among the workers"
+    ),
+    "engine.max_model_len": lambda v, f: (
+        "prompt and output together, in tokens" if v else "as long as the model and the KV cache allow"
+    ),
+    "engine.max_num_seqs": lambda v, f: f"{_many(v, 'sequence')} at once in each worker",
+    "engine.max_num_batched_tokens": lambda v, f: (
+        f"{_many(v, 'token')} in one step; longer prompts in chunks"
+    ),
+    "engine.max_waiting": lambda v, f: f"{_many(v, 'sequence')} may wait at a worker; more get 429",
+    "engine.kv_cache_memory": lambda v, f: "for the KV cache of each worker",
+    "engine.block_size": lambda v, f: f"{_many(v, 'token')} in a KV block",
+    "engine.batch_invariant": lambda v, f: (
+        "the same bits of output whatever else runs"
+        if v
+        else "what else runs may change the last bits of a logit"
+    ),
+    "engine.step_timeout": lambda v, f: f"an engine that takes {v:g} s for a step is stuck, and is replaced",
+    "slo.ttft_ms": lambda v, f: f"the first token within {v:g} ms",
+    "slo.tpot_ms": lambda v, f: f"each further token within {v:g} ms",
+    "qos.policy": lambda v, f: (
+        "does not act without enable_early_rejection"
+        if not f.qos.enable_early_rejection
+        else "TTFT and TPOT are foreseen by models fitted to each worker"
+        if v == "predictive"
+        else "TTFT is foreseen as queue length times average time"
+    ),
+    "qos.enable_early_rejection": lambda v, f: (
+        "a request may be refused for what it would have to wait"
+        if v
+        else "refused only where queues are full"
+    ),
+    "qos.low_priority_threshold_ms": _acts_early(
+        "a low-priority request is refused when its TTFT would be above {value:g} ms"
+    ),
+    "qos.reject_on_slo_violation": _acts_early(
+        "a normal request is refused when it would miss {slo.ttft_ms:g} ms TTFT or {slo.tpot_ms:g} ms TPOT",
+        "a normal request is let in though it would miss the SLO",
+    ),
+    "qos.degrade": _acts_early(
+        "before a request is refused, it may lose these in this order",
+        "a request is refused as it is; nothing is taken from it first",
+    ),
+}
