@@ -92,9 +92,9 @@ class SimGateway:
         cluster = self.cluster
         world = cluster.simulation.world(self.name)
         with cluster.simulation.on(self.name):
-            gateway = LeakyGateway(world, cluster.observer, cluster.options)
-        gateway.leaked = cluster.leaked
-        self.gateway = gateway
+            gateway = self.gateway = cluster.gateway_type(world, cluster.observer, cluster.options)
+        if isinstance(gateway, LeakyGateway):
+            gateway.leaked = cluster.leaked
         return gateway
 
     async def listen(self) -> None:
@@ -152,7 +152,7 @@ class SimWorker:
             lease_s=self.cluster.lease_s,
             connector=self.cluster.connector,
             check_reads=True,
-            step_timeout_s=5.0,
+            step_timeout_s=self.cluster.step_timeout_s,
         )
         with self.cluster.simulation.on(self.name):
             self.supervisor = Supervisor(world, options, self._launcher, f"{self.name}:{ENGINE_PORT}")
@@ -256,14 +256,19 @@ class SimCluster:
         gateways: int = 1,
         data_link: LinkProfile = DATACENTRE,
         connector: Connector = "tcp",
+        options: GatewayOptions | None = None,
+        gateway_type: type[Gateway] = LeakyGateway,
+        step_timeout_s: float = 5.0,
     ) -> None:
-        """`data_link` is what workers have between each other."""
+        """`data_link` is what workers have between each other; `options` go before `split`."""
         self.simulation = simulation
         self.observer = observer
         self.shape = shape or EngineShape()
         self.lease_s = lease_s
         self.connector = connector
-        self.options = GatewayOptions(
+        self.step_timeout_s = step_timeout_s
+        self.gateway_type = gateway_type
+        self.options = options or GatewayOptions(
             split=split or SplitPolicy(prompt_length_threshold=12),
             heartbeat_s=0.2,
             suspect_after_s=0.6,

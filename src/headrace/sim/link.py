@@ -97,7 +97,10 @@ class Link:
         self.sent += 1
         left = max(self._free_at, self._loop.now) + size / self.profile.bytes_per_s
         self._free_at = left
-        delay = self.profile.latency_s + self.profile.jitter_s * self.chance.random()
+        profile = self.profile
+        delay = profile.latency_s
+        if profile.jitter_s:
+            delay += profile.jitter_s * self.chance.random()
         context = self.target.clock.context
         self._loop.call_true(left + delay, self._arrive, arrive, retransmitted, context=context)
         return left

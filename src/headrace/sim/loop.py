@@ -85,14 +85,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """The event loop of a simulation; see the module's docstring for what it promises."""
 
     # Of asyncio.BaseEventLoop, which appends to `_ready` and sets `_stopping`; `_scheduled` is our heap.
+    _closed: bool
     _ready: deque[asyncio.Handle]
     _scheduled: list[tuple[float, int, _Timer]]
     _stopping: bool
     _thread_id: int | None
 
-    def __init__(self, *, keep_trace: bool = False) -> None:
+    def __init__(
+        self, *, keep_trace: bool = False, callbacks_per_collection: int = CALLBACKS_PER_COLLECTION
+    ) -> None:
         """`keep_trace` also keeps every traced event in `events`, to compare two runs line by line."""
         super().__init__()
+        self._callbacks_per_collection = callbacks_per_collection
         self._now = 0.0
         self._serials = itertools.count(1)
         self._task_numbers = itertools.count(1)
@@ -127,6 +131,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def callbacks(self) -> int:
         """How many callbacks have run."""
         return self._callbacks
+
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[_Ts]], object],
+        *args: Unpack[_Ts],
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        # As BaseEventLoop has it, without what it does to debug: most of a run's time goes through here.
+        if self._closed:
+            raise RuntimeError("call_soon on a closed loop")
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
 
     def call_at(
         self,
@@ -191,28 +208,34 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """One turn: move due timers to the ready queue, jump the clock if nothing is ready, run what is."""
-        self._drop_cancelled_timers()
-        if not self._ready and not self._stopping:
+        if self._cancelled_timers:
+            self._drop_cancelled_timers()
+        ready = self._ready
+        if not ready and not self._stopping:
             self._jump()
         while self._scheduled and self._scheduled[0][0] <= self._now:
             timer = self._pop_timer()
-            if not timer.cancelled():
-                self._ready.append(timer)
+            if not timer._cancelled:
+                ready.append(timer)
         # Only what is ready now: what these callbacks add waits for the next turn, after timers due by then.
-        for _ in range(len(self._ready)):
-            handle = self._ready.popleft()
-            if handle.cancelled():
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
                 continue
             self._callbacks += 1
             if self._callbacks == self._max_callbacks:
                 raise SimulationLimit(
                     f"{self._callbacks} callbacks ran, which is the limit; {self._waiting()}"
                 )
-            if self._callbacks % CALLBACKS_PER_COLLECTION == 0:
+            if self._callbacks % self._callbacks_per_collection == 0:
                 gc.collect()
             handle._run()
-            while self._between and self._between[0][0] <= self._callbacks:
-                heapq.heappop(self._between)[2]._run()
+            if self._between:
+                self._run_between()
+
+    def _run_between(self) -> None:
+        while self._between and self._between[0][0] <= self._callbacks:
+            heapq.heappop(self._between)[2]._run()
 
     def _jump(self) -> None:
         when = self._scheduled[0][0] if self._scheduled else math.inf
@@ -231,7 +254,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _pop_timer(self) -> _Timer:
         _, _, timer = heapq.heappop(self._scheduled)
         timer.in_heap = False
-        self._cancelled_timers -= timer.cancelled()
+        if timer._cancelled:
+            self._cancelled_timers -= 1
         return timer
 
     def _drop_cancelled_timers(self) -> None:

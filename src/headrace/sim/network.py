@@ -30,9 +30,9 @@ from headrace.sim.clock import HostClock
 from headrace.sim.connection import SimConnection
 from headrace.sim.link import DATACENTRE, LOOPBACK, Armed, Link, LinkProfile, Machine
 from headrace.sim.loop import VirtualLoop
-from headrace.sim.transport import SimTransport, WireLimits, break_connection, connect_ends
+from headrace.sim.transport import Pipe, SimTransport, WireLimits, break_connection, connect_ends
 from headrace.world import ConnectFailed, Connection, Handler, Listener, Network, RandomStreams, TraceValue
-from headrace.world.connection import HandlerTasks
+from headrace.world.connection import HandlerTasks, TransportConnection
 from headrace.world.network import join_host_port, split_host_port
 
 FIRST_EPHEMERAL_PORT = 49152
@@ -53,6 +53,19 @@ class Crash(enum.Enum):
     """The process dies and its kernel ends its streams, as it does otherwise."""
     SILENT = "silent"
     """The machine is gone: no power, or no cable."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What connections are made of."""
+
+    pipe: type[Pipe] = Pipe
+    """One direction of one."""
+    connection: Callable[[str, Callable[[TransportConnection], None] | None], SimConnection] = SimConnection
+    """What a program has of it, by the peer's address and who is told that it is open."""
+
+
+PACKETS = Wiring()
 
 
 @dataclass
@@ -82,6 +95,7 @@ class SimNetwork:
         loopback: LinkProfile = LOOPBACK,
         window_bytes: int = WINDOW_BYTES,
         retransmission_timeout_s: float = RETRANSMISSION_TIMEOUT_S,
+        wiring: Wiring = PACKETS,
     ) -> None:
         """`link` holds between hosts and `loopback` within one, until `set_link` says otherwise."""
         self.loop = loop
@@ -89,6 +103,7 @@ class SimNetwork:
         self._profile = link
         self._loopback = loopback
         self._limits = WireLimits(window_bytes, retransmission_timeout_s)
+        self._wiring = wiring
         self._hosts: dict[str, _Host] = {}
         self._links: dict[tuple[str, str], Link] = {}
         self._ends: dict[SimTransport, None] = {}
@@ -251,17 +266,20 @@ class SimNetwork:
         def accepted() -> None:
             if answer.done() or caller.incarnation != life:
                 return
-            near, far = connect_ends(self.loop, self._limits, there, back, self._forget_end)
+            ends = self.loop, self._limits, there, back, self._forget_end
+            near, far = connect_ends(*ends, self._wiring.pipe)
             self._ends[near] = self._ends[far] = None
             far.expect(handshake_completed)
-            connection = SimConnection(peer)
+            connection = self._wiring.connection(peer, None)
             near.open(connection)
             self._note("connected", local, peer)
             answer.set_result(connection)
 
         def handshake_completed() -> SimConnection | None:
             listener = callee.listeners.get(port)
-            return None if listener is None else SimConnection(local, listener.tasks.accept)
+            if listener is None:
+                return None
+            return self._wiring.connection(local, listener.tasks.accept)
 
         there.send(0, requested)
 

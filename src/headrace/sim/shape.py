@@ -16,7 +16,8 @@ from headrace.protocol.requests import GenerateRequest
 from headrace.sim.hash_executor import SimExecutor, hash_engine
 from headrace.sim.hash_model import Expected, HashModel, expected
 
-_KEY = b"the cluster's key"
+KEY = b"the cluster's key"
+"""Of the names of all blocks in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EngineShape:
             block_size=self.block_size,
             step_s=self.step_s,
             token_s=self.token_s,
-            key=_KEY,
+            key=KEY,
         )
 
     def info(self, engine: Engine) -> EngineInfo:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from headrace.sim.agent import SimAgent
-from headrace.sim.link import DATACENTRE, LinkProfile
-from headrace.sim.loop import SimulationError, VirtualLoop, collected_by_count
-from headrace.sim.network import RETRANSMISSION_TIMEOUT_S, WINDOW_BYTES, SimNetwork
+from headrace.sim.link import DATACENTRE, LOOPBACK, LinkProfile
+from headrace.sim.loop import CALLBACKS_PER_COLLECTION, SimulationError, VirtualLoop, collected_by_count
+from headrace.sim.network import PACKETS, RETRANSMISSION_TIMEOUT_S, WINDOW_BYTES, SimNetwork, Wiring
 from headrace.world import Memory, MemoryAgent, RandomStreams, TraceValue, World
 
 T = TypeVar("T")
@@ -102,24 +102,29 @@ def run(
     *,
     seed: int = 0,
     link: LinkProfile = DATACENTRE,
+    loopback: LinkProfile = LOOPBACK,
+    wiring: Callable[[VirtualLoop], Wiring] = lambda loop: PACKETS,
     window_bytes: int = WINDOW_BYTES,
     retransmission_timeout_s: float = RETRANSMISSION_TIMEOUT_S,
     max_virtual_s: float = math.inf,
     max_callbacks: int | None = None,
     keep_trace: bool = False,
+    callbacks_per_collection: int = CALLBACKS_PER_COLLECTION,
 ) -> Outcome[T]:
     """Run `main(simulation)` in virtual time until it returns, then cancel the tasks it left.
 
     Raises what `main` raises, with a note of the seed; SimulationStalled or SimulationLimit when it cannot
     end; UnhandledErrors when it returns but other parts of the run failed unnoticed.
     """
-    loop = VirtualLoop(keep_trace=keep_trace)
+    loop = VirtualLoop(keep_trace=keep_trace, callbacks_per_collection=callbacks_per_collection)
     loop.limit(max_virtual_s=max_virtual_s, max_callbacks=max_callbacks)
     random = RandomStreams(seed)
     network = SimNetwork(
         loop,
         random.scope("network"),
         link=link,
+        loopback=loopback,
+        wiring=wiring(loop),
         window_bytes=window_bytes,
         retransmission_timeout_s=retransmission_timeout_s,
     )

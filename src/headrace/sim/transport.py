@@ -182,6 +182,10 @@ class Pipe:
         self._read += segment.span
         return segment
 
+    def note(self, name: str, segment: Segment) -> None:
+        """Put into the run's trace that a program, whose end is called so, is given a segment."""
+        self._loop.trace("arrive", name, len(segment.data), zlib.crc32(segment.data))
+
     def report(self) -> None:
         """Acknowledge what has been received and read so far."""
         received, read = self._received, self._read
@@ -319,7 +323,7 @@ class SimTransport(asyncio.Transport):
         """Hand what has arrived to the program, unless it does not want it now."""
         while self._receiving.unread and not self._reading_paused and not self._closing:
             segment = self._receiving.next_unread()
-            self._loop.trace("arrive", self.name, len(segment.data), zlib.crc32(segment.data))
+            self._receiving.note(self.name, segment)
             if segment.opens:
                 protocol = self._accept() if self._accept is not None else None
                 if protocol is None:
@@ -374,9 +378,10 @@ def connect_ends(
     there: Link,
     back: Link,
     on_closed: Callable[[SimTransport], None],
+    pipe: type[Pipe] = Pipe,
 ) -> tuple[SimTransport, SimTransport]:
     """Make the two ends of a connection: the caller's, which sends over `there`, and the other's."""
-    out, home = Pipe(loop, there, back, limits), Pipe(loop, back, there, limits)
+    out, home = pipe(loop, there, back, limits), pipe(loop, back, there, limits)
     name = f"{there.source.name}->{there.target.name}"
     caller = SimTransport(loop, f"{name} caller", out, home, on_closed)
     called = SimTransport(loop, f"{name} called", home, out, on_closed)
