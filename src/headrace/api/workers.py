@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.config import EngineOptions
-from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector
 from headrace.protocol.messages import Role
 from headrace.worker.options import WorkerOptions
 from headrace.worker.process import ENGINE_COMMAND, ProcessOptions
@@ -43,6 +43,9 @@ class Pools:
     """Where each of them serves KV blocks to others."""
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     """An engine that has not answered for so long is stuck, and is replaced."""
+    connector: Connector = "auto"
+    check_reads: bool = False
+    """Whether blocks that came over NIXL are compared with checksums of the source's."""
 
     def __post_init__(self) -> None:
         if self.prefill and not (self.decode or self.both):
@@ -92,6 +95,8 @@ def launchers(
                 role=role,
                 data_address=pools.data_address if options.shared_kv else None,
                 step_timeout_s=pools.step_timeout_s,
+                connector=pools.connector,
+                check_reads=pools.check_reads,
             ),
             engine=engine,
             engine_command=engine_command,

@@ -51,7 +51,15 @@ def serve(
 
         outside = listen is not None and not is_loopback(listen)
         check_data_address(data_address, f"with --listen {listen} they may join" if outside else "")
-        pools = Pools(prefill, decode, both, data_address=data_address, step_timeout_s=workers.step_timeout)
+        pools = Pools(
+            prefill,
+            decode,
+            both,
+            data_address=data_address,
+            step_timeout_s=workers.step_timeout,
+            connector=workers.connector,
+            check_reads=workers.check_reads,
+        )
         if len(pools.roles()) > 1 and not data_address.endswith(":0"):
             raise ValueError(
                 f"--data-address {data_address} has one port for {len(pools.roles())} workers; give port 0"

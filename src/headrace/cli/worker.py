@@ -67,6 +67,8 @@ def worker(
                 role=role,
                 data_address=data_address,
                 step_timeout_s=flags.step_timeout,
+                connector=flags.connector,
+                check_reads=flags.check_reads,
             ),
             engine=msgspec.Raw(msgspec.json.encode(engine)),
         )

@@ -22,7 +22,7 @@ from headrace.cli.options import (
     Threads,
 )
 from headrace.config import EngineOptions, parse_size
-from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector
 from headrace.world.network import split_host_port
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ class WorkerFlags:
             min=1.0, help="Seconds that a step may take; an engine that takes longer is taken for stuck."
         ),
     ] = DEFAULT_STEP_TIMEOUT_S
+    connector: Annotated[
+        Connector,
+        typer.Option(help="How KV blocks move between workers; auto is NIXL where both have it, else TCP."),
+    ] = "auto"
+    check_reads: Annotated[
+        bool, typer.Option("--check-reads", help="Compare checksums of blocks that came over NIXL.")
+    ] = False
 
     def engine(self, files: ModelFiles, served_name: str | None, **more: Any) -> EngineOptions:
         """The engine's options, with `more` of them. Raises ValueError for what cannot be."""

@@ -14,6 +14,9 @@ import msgspec
 Dtype = Literal["auto", "bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
 KernelLibrary = Literal["auto", "native", "reference"]
+Connector = Literal["auto", "tcp", "nixl"]
+"""How KV blocks move between workers. `auto`: over NIXL where both have it and reach each other, else TCP.
+`nixl`: the same, and a worker that cannot have NIXL does not start."""
 
 
 MAX_CACHE_KEY_BYTES = 64

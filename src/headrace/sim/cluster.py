@@ -15,6 +15,7 @@ from itertools import permutations
 from headrace.cluster import Gateway, GatewayObserver
 from headrace.cluster.options import GatewayOptions, SplitPolicy
 from headrace.cluster.registry import Member
+from headrace.config.engine import Connector
 from headrace.engine import Engine
 from headrace.protocol.engine_messages import PoolInfo
 from headrace.protocol.handoff import Ticket
@@ -28,7 +29,6 @@ from headrace.sim.network import Crash
 from headrace.sim.shape import EngineShape, executor_of
 from headrace.sim.simulation import Simulation
 from headrace.worker import Supervisor, WorkerOptions, serve
-from headrace.worker.options import Connector
 from headrace.world import World
 
 GATEWAY = "gateway"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from headrace.config.engine import Connector
 from headrace.protocol.messages import Role
 from headrace.sim.cluster import SimCluster, Violation
 from headrace.sim.faults import Fault, Kind, draw
@@ -22,7 +23,6 @@ from headrace.sim.mishaps import Mishaps
 from headrace.sim.network import WINDOW_BYTES
 from headrace.sim.shape import EngineShape
 from headrace.sim.simulation import Simulation, run
-from headrace.worker.options import Connector
 
 REQUESTS = 40
 FAULTS = 10

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector
 from headrace.protocol.messages import Role
-
-Connector = Literal["auto", "tcp", "nixl"]
-"""`auto`: over NIXL between workers that both have it and reach each other, else over TCP. `tcp`: over TCP.
-`nixl`: as `auto`, and the worker does not start where it cannot have NIXL."""
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
