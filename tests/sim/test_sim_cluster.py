@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from headrace.cluster.holdings import Prompt
+from headrace.cluster.options import GatewayOptions, SplitPolicy
+from headrace.cluster.registry import Member
 from headrace.cluster.stream import OutputStream
-from headrace.protocol.messages import Role
+from headrace.protocol.messages import FromGateway, KVWanted, Role
 from headrace.protocol.requests import (
     ErrorCode,
     FinishReason,
@@ -138,9 +141,98 @@ def test_a_prompt_that_is_cached_at_home_is_not_offloaded_again() -> None:
         check(cluster, first, await collect(cluster.gateway.submit(first)))
         again = GenerateRequest(request_id="b", prompt=[*first.prompt, 9], sampling=first.sampling)
         check(cluster, again, await collect(cluster.gateway.submit(again)))
-        assert "prefilled at home, which has most of it" in whats(cluster, "b")
+        assert "prefill placed" in whats(cluster, "a")
+        assert "prefill placed" not in whats(cluster, "b")
 
     in_cluster(CLUSTERS["1P1D"], body)
+
+
+def test_a_home_that_has_what_a_gateway_does_not_know_of_declines_to_have_it_prefilled() -> None:
+    """Without the cluster's key a gateway guesses by what it sent, and another one sent this."""
+
+    async def body(cluster: SimCluster) -> None:
+        first = request("a", length=60)
+        check(cluster, first, await collect(cluster.gateway.submit(first)))
+        other = cluster.live_gateways()["gateway2"]
+        again = GenerateRequest(request_id="b", prompt=[*first.prompt, 9], sampling=first.sampling)
+        with cluster.on(other):
+            check(cluster, again, await collect(other.submit(again)))
+        (journey,) = other.journeys.of("b")
+        assert "prefilled at home, which has most of it" in [entry.what for entry in journey.entries]
+
+    options = GatewayOptions(split=SplitPolicy(prompt_length_threshold=12))
+    in_cluster(CLUSTERS["1P1D"], body, gateways=2, options=options)
+
+
+@pytest.mark.parametrize("roles", ["1P1D", "2P2D", "mixed"])
+def test_a_gateway_knows_what_each_prefix_cache_holds(roles: str) -> None:
+    """Whatever was computed, moved and evicted: the index has what the engines' pools have."""
+
+    async def body(cluster: SimCluster) -> None:
+        async def one(number: int) -> None:
+            await asyncio.sleep(number // 6 * 0.2)
+            prompt = request(f"shared {number % 4}", length=40).prompt + request(f"own {number}").prompt
+            params = SamplingParams(max_tokens=4, ignore_eos=True)
+            r = GenerateRequest(request_id=f"r{number}", prompt=prompt, sampling=params)
+            check(cluster, r, await collect(cluster.gateway.submit(r)))
+
+        await asyncio.gather(*(one(number) for number in range(30)))
+        await asyncio.sleep(1.0)
+        holdings = cluster.gateway._dispatch._holdings
+        evicted = 0
+        for name, worker in cluster.workers.items():
+            assert worker.engine is not None
+            cache = worker.engine.scheduler.cache
+            member = cluster.gateway.registry.get(name)
+            assert member is not None
+            assert member.stats is not None
+            assert holdings.is_exact(member)
+            assert member.queued_tokens == 0
+            evicted += member.stats.evictions
+            for number in range(30):
+                prompt = request(f"shared {number % 4}", length=40).prompt + request(f"own {number}").prompt
+                chain = cache.hasher.chain(cache.root("shared:"), prompt[:-1])
+                there = [cache.pool.find(identity + b"\0\0") is not None for identity in chain]
+                leading = there.index(False) if False in there else len(there)
+                known = holdings.cached_tokens(Prompt(prompt, "shared:"), [member], 0.0)
+                assert known[0] == leading * cache.block_size
+        assert evicted > 0
+
+    in_cluster(CLUSTERS[roles], body)
+
+
+def test_a_gateway_that_reads_too_slowly_misses_events_and_asks_for_all_of_it() -> None:
+    async def body(cluster: SimCluster) -> None:
+        asked = []
+        dispatch = cluster.gateway._dispatch
+        post = cluster.gateway.post
+
+        def counted(member: Member, message: FromGateway) -> None:
+            if isinstance(message, KVWanted):
+                asked.append(member.worker_id)
+            post(member, message)
+
+        dispatch._desk.post = counted  # type: ignore[method-assign]
+        await asyncio.sleep(0.1)  # until it has been welcomed
+        asked.clear()
+        worker = cluster.workers["b"]
+        assert worker.supervisor is not None
+        assert worker.supervisor.life is not None
+        (session,) = worker.supervisor.life._relay.sessions
+        assert session._channel is not None
+        behind = property(lambda channel: channel is session._channel)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(session._channel), "is_behind", behind)
+            r = request("a", length=60)
+            check(cluster, r, await collect(cluster.gateway.submit(r)))
+        await asyncio.sleep(1.0)  # a heartbeat tells of what was missed
+        member = cluster.gateway.registry.get("b")
+        assert member is not None
+        assert dispatch._holdings.is_exact(member)
+        assert dispatch._holdings.cached_tokens(Prompt(r.prompt, "shared:"), [member], 0.0)[0] == 56
+        assert asked == ["b"]
+
+    in_cluster({"b": B}, body)
 
 
 def test_a_source_that_falls_silent_after_the_first_token_is_waited_for_within_a_bound() -> None:

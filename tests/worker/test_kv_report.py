@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from headrace.engine import GroupSpec
+from headrace.engine import GroupSpec, KVCache
 from headrace.engine.blocks import BlockPool
-from headrace.worker.kv_report import KVMirror, KVReport, told_group
+from headrace.worker.kv_report import KVMirror, KVReport
 
 SUFFIX = b"\0\0"
 
@@ -50,5 +50,5 @@ def test_what_comes_and_goes_between_two_reports_is_not_told() -> None:
 
 
 def test_the_group_that_is_told_of_sees_all_of_the_context() -> None:
-    assert told_group((GroupSpec(8), GroupSpec(None))) == 1
-    assert told_group((GroupSpec(8),)) == 0
+    for groups, told in (((GroupSpec(8), GroupSpec(None)), 1), ((GroupSpec(8),), 0)):
+        assert KVCache(num_blocks=1, block_size=1, groups=groups).told_group == told

@@ -232,10 +232,31 @@ class JourneyEvent(_Answer):
     detail: dict[str, str | int | float]
 
 
+class ConsideredAnswer(_Answer):
+    worker: str
+    chosen: bool
+    score: float | None
+    terms: dict[str, float | None]
+    cached_tokens: int
+    queued_tokens: int
+    ttft_s: float
+    tpot_s: float
+    age_s: float | None
+
+
+class DecisionAnswer(_Answer):
+    at_s: float
+    purpose: Literal["decode", "prefill"]
+    policy: str
+    rule: str
+    candidates: list[ConsideredAnswer]
+
+
 class JourneyAnswer(_Answer):
     id: str
     prompt_tokens: int
     events: list[JourneyEvent]
+    decisions: list[DecisionAnswer]
 
 
 class JourneysAnswer(_Answer):

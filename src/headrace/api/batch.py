@@ -7,6 +7,7 @@ once and as many again waiting, so that it never idles; results come out in orde
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from headrace.api.served import ServedModel
 from headrace.api.workers import Pools, launchers
 from headrace.cluster import LocalCluster
 from headrace.config import EngineOptions
+from headrace.config.engine import CACHE_KEY_BYTES
 from headrace.engine import RequestRefused
 from headrace.protocol.requests import SEED_LIMIT, GenerateRequest, SamplingParams
 from headrace.store import ModelFiles
@@ -69,7 +71,9 @@ class Batch:
         """`say` gets what the engine's process prints."""
         self._world = real_world()
         self._files = files
-        started = launchers(Pools(), options, say, engine_command=engine_command)
+        started = launchers(
+            Pools(), options, say, cache_key=os.urandom(CACHE_KEY_BYTES), engine_command=engine_command
+        )
         self._cluster = LocalCluster(self._world, started, report=say)
         self._max_tokens = max_tokens
         self._temperature = temperature

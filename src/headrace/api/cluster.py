@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -109,8 +110,18 @@ def _journey(journey: Journey) -> dict[str, Any]:
             {"at_s": round(e.at_s, 6), "what": e.what, "worker": e.worker or None, "detail": e.detail}
             for e in journey.entries
         ],
+        "decisions": [
+            {
+                "at_s": round(decision.at_s - journey.began_s, 6),
+                "purpose": decision.purpose,
+                "policy": decision.policy,
+                "rule": decision.rule,
+                "candidates": decision.considered(),
+            }
+            for decision in journey.decisions
+        ],
     }
 
 
 def _json(answer: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return Response(orjson.dumps(answer, default=msgspec.to_builtins), media_type="application/json")

@@ -26,6 +26,7 @@ from headrace.api.workers import Door, Pools, launchers
 from headrace.cluster import LocalCluster
 from headrace.cluster.options import GatewayOptions
 from headrace.config import EngineOptions, ServingOptions
+from headrace.config.engine import CACHE_KEY_BYTES
 from headrace.observe import Metrics
 from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles
@@ -64,13 +65,20 @@ class Service:
         self._world = real_world(door.credentials if door is not None else None, say)
         self._metrics = Metrics(options.served_name)
         self._pools = pools or Pools()
-        key = door.credentials.cluster_key if door is not None else b""
+        key = door.credentials.cluster_key if door is not None else os.urandom(CACHE_KEY_BYTES)
         self._cluster = LocalCluster(
             self._world,
-            launchers(self._pools, options, say, cluster_key=key, engine_command=engine_command),
+            launchers(
+                self._pools,
+                options,
+                say,
+                cache_key=key,
+                joinable=door is not None,
+                engine_command=engine_command,
+            ),
             listen=door.address if door is not None else None,
             observer=self._metrics,
-            options=replace(gateway or GatewayOptions(), revision=files.revision),
+            options=replace(gateway or GatewayOptions(), revision=files.revision, cache_key=key),
             report=say,
         )
         self._http: HttpServer | None = None

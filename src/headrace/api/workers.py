@@ -5,7 +5,6 @@ In: what the command line asked for. Out: launchers by name, for a `LocalCluster
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-m", "headrace.worker.process")
 ALONE = "engine"
 """What the only worker of a server is called."""
-
-_CACHE_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +68,21 @@ def launchers(
     options: EngineOptions,
     say: Callable[[str], None],
     *,
-    cluster_key: bytes = b"",
+    cache_key: bytes,
+    joinable: bool = False,
     engine_command: tuple[str, ...] = ENGINE_COMMAND,
 ) -> Mapping[str, Launcher]:
     """A launcher for each worker. Cores are shared out evenly; `say` gets what the processes print.
 
-    Block identities are made with `cluster_key`, where workers that others start have it too.
+    Block identities are made with `cache_key`. `joinable`: workers that others start exchange blocks with them.
     """
     roles = pools.roles()
-    if len(roles) > 1 or cluster_key:
-        options = msgspec.structs.replace(
-            options,
-            threads=max(1, options.threads // max(1, len(roles))),
-            shared_kv=True,
-            cache_key=cluster_key or os.urandom(_CACHE_KEY_BYTES),
-        )
+    options = msgspec.structs.replace(
+        options,
+        threads=max(1, options.threads // max(1, len(roles))),
+        shared_kv=joinable or len(roles) > 1,
+        cache_key=cache_key,
+    )
     engine = msgspec.Raw(msgspec.json.encode(options))
     found: dict[str, Launcher] = {}
     for name, role in roles.items():

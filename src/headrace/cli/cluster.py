@@ -81,7 +81,39 @@ def journey_lines(journey: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {event['at_s'] * 1e3:9.1f} ms  {event['what']}{where}{f'  ({detail})' if detail else ''}"
         )
+    for decision in journey["decisions"]:
+        lines += decision_lines(decision)
     return lines
+
+
+MOST_CANDIDATES = 8
+"""Of a decision, so many are shown to people; `--json` has all."""
+
+
+def decision_lines(decision: dict[str, Any]) -> list[str]:
+    """Why one worker was chosen, in words, a candidate a line."""
+    candidates = decision["candidates"]
+    lines = [
+        f"  {decision['at_s'] * 1e3:9.1f} ms  to {decision['purpose']}: {candidates[0]['worker']}, of "
+        f"{len(candidates)}: {decision['rule']}"
+    ]
+    for one in candidates[:MOST_CANDIDATES]:
+        terms = " + ".join(f"{name} {_number(value)}" for name, value in one["terms"].items())
+        told = (
+            f"told {one['age_s'] * 1e3:.0f} ms before" if one["age_s"] is not None else "has told nothing yet"
+        )
+        lines.append(
+            f"      {'→' if one['chosen'] else ' '} {one['worker']}: {_number(one['score'])} = {terms}; "
+            f"{one['cached_tokens']} tokens cached, {one['queued_tokens']} queued, "
+            f"TTFT {one['ttft_s'] * 1e3:.1f} ms, TPOT {one['tpot_s'] * 1e3:.1f} ms predicted; {told}"
+        )
+    if len(candidates) > MOST_CANDIDATES:
+        lines.append(f"        and {len(candidates) - MOST_CANDIDATES} more; see --json")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "out of the question" if value is None else f"{value:.3f}"
 
 
 def _detail(name: str, value: str | int | float) -> str:

@@ -9,33 +9,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator
 
-import msgspec
-
 from headrace.cluster.admission import check_room
 from headrace.cluster.delivery import Delivery
+from headrace.cluster.dispatch import Dispatch
 from headrace.cluster.handoff import Handoffs
 from headrace.cluster.journey import Journey, Journeys
-from headrace.cluster.ledger import Accepted, Ledger, Stage
+from headrace.cluster.ledger import Accepted, Ledger
 from headrace.cluster.membership import Membership
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import choose_home, may_split
 from headrace.cluster.readiness import GatewayState, Readiness
 from headrace.cluster.registry import Member, MemberState, Registry
 from headrace.cluster.replay import Replays
 from headrace.cluster.stream import OutputStream
 from headrace.engine.limits import ModelLimits, RequestRefused, check_request
-from headrace.protocol.handoff import Leg as LegKind
 from headrace.protocol.messages import (
     Cancel,
     Drain,
     EngineInfo,
     FromGateway,
     FromWorker,
+    Heartbeat,
+    KVEvents,
+    KVSnapshot,
     Outputs,
     Refused,
     SequenceTimes,
-    Submit,
 )
 from headrace.protocol.requests import (
     ErrorCode,
@@ -62,13 +61,13 @@ class Gateway:
         self._report = report
         self._observer = observer or GatewayObserver()
         self._options = options or GatewayOptions()
-        self._epoch = f"{world.random.stream('gateway epoch').getrandbits(32):08x}"
         self.registry = Registry(self._options)
         self.journeys = Journeys()
         self._readiness = Readiness(self.registry)
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
-        self._handoffs = Handoffs(self._options.split, self.registry, self._ledger, self._observer, self)
+        self._dispatch = Dispatch(world, self._options, self.registry, self._ledger, self, report)
+        self._handoffs = Handoffs(self._dispatch, self._ledger, self._observer, self)
         self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
         self._replays = Replays(world, self._options, self.registry, self._delivery, self._observer, self)
 
@@ -131,6 +130,7 @@ class Gateway:
 
     def member_up(self, member: Member) -> None:
         self._observer.engine_up(member.info)
+        self._dispatch.joined(member)
         self._replays.returned(member)
         self._readiness.member_up(member)
 
@@ -149,6 +149,7 @@ class Gateway:
         if not self.is_draining:
             self._report(f"{member.worker_id} is gone: {why}")
         self._observer.engine_lost(member.worker_id)
+        self._dispatch.lost(member)
         for name in sorted(member.legs):  # in an order that does not depend on hashes
             accepted = self._ledger.of_leg(name)
             if accepted is None:
@@ -171,6 +172,8 @@ class Gateway:
                 self._take(member, message)
             case Refused(request_id=name, reason=reason):
                 self._refused(name, reason)
+            case KVEvents() | KVSnapshot() | Heartbeat():
+                self._dispatch.heard_cache(member, message)
             case _:
                 self._handoffs.heard(message)
 
@@ -189,10 +192,8 @@ class Gateway:
             # What has ended here already (the client was told so) gets no second ending.
             if accepted is not None:
                 self._of_leg(accepted, output, now, times)
+        self._dispatch.heard_step(member, message, now)
         if message.stats is not None:
-            member.stats = message.stats
-            if message.stats.running + message.stats.waiting < member.most_samples:
-                self.has_room(member)
             self._observer.step(member.worker_id, message.stats)
 
     def _of_leg(
@@ -313,30 +314,8 @@ class Gateway:
 
     def place(self, accepted: Accepted) -> None:
         """Give a request to a worker, or let it wait while none has room."""
-        live = list(self.registry.live())
-        home = choose_home(live, len(accepted.samples))
-        if home is None:
+        if not self._dispatch.place(accepted):
             self._replays.wait(accepted)
-            return
-        request = accepted.request
-        accepted.attempts += 1
-        name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
-        split = may_split(request, home, self._options.split) and self._handoffs.choose(home) is not None
-        # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
-        split = split and 0 in accepted.samples and not accepted.samples[0].tokens
-        accepted.stage = Stage.RESERVING if split else Stage.AT_HOME
-        accepted.home = self._ledger.open_leg(accepted, name, home)
-        home.open_samples += len(accepted.samples)
-        self.post(
-            home,
-            Submit(
-                msgspec.structs.replace(request, request_id=name),
-                accepted.progress,
-                LegKind.IMPORT if split else LegKind.WHOLE,
-                self._options.split.prompt_length_threshold if split else 0,
-            ),
-        )
-        accepted.journey.note(self._world.now(), "placed", home.worker_id, attempt=accepted.attempts)
 
     def cancel(
         self, request_id: str, index: int | None = None, counts_as: FinishReason = FinishReason.CANCELLED

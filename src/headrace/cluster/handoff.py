@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
+from headrace.cluster.dispatch import Dispatch
 from headrace.cluster.journey import Journey
 from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.observer import GatewayObserver
-from headrace.cluster.options import SplitPolicy
-from headrace.cluster.placement import choose_prefill
-from headrace.cluster.registry import Member, Registry
-from headrace.protocol.handoff import Leg as LegKind
+from headrace.cluster.registry import Member
 from headrace.protocol.messages import (
     Begin,
     Cancel,
@@ -32,7 +28,6 @@ from headrace.protocol.messages import (
     ImportReserved,
     ImportSettled,
     SequenceTimes,
-    Submit,
 )
 from headrace.protocol.requests import FinishReason, SequenceOutput
 from headrace.world import World
@@ -55,21 +50,15 @@ class Handoffs:
 
     def __init__(
         self,
-        policy: SplitPolicy,
-        registry: Registry,
+        dispatch: Dispatch,
         ledger: Ledger,
         observer: GatewayObserver,
         desk: Desk,
     ) -> None:
-        self._policy = policy
-        self._registry = registry
+        self._dispatch = dispatch
         self._ledger = ledger
         self._observer = observer
         self._desk = desk
-
-    def choose(self, home: Member) -> Member | None:
-        """Who would prefill for a home now."""
-        return choose_prefill(self._registry.live(), home, self._policy)
 
     def heard(self, message: FromWorker) -> None:
         """A worker says something about one of its legs; of legs that are over, nothing counts."""
@@ -98,18 +87,13 @@ class Handoffs:
         home = accepted.home
         if home is None:
             raise RuntimeError("a request without a home is to be prefilled")
-        member = self.choose(home.member)
-        if member is None:
+        accepted.prefill = self._dispatch.place_prefill(accepted, home)
+        if accepted.prefill is None:
             self._note(accepted, "no prefill worker has room")
             self._begin(accepted, [])
             return
-        name = f"{home.name}/p"
-        accepted.prefill = self._ledger.open_leg(accepted, name, member)
         accepted.stage = Stage.PREFILLING
-        member.exports += 1
-        request = msgspec.structs.replace(accepted.request, request_id=name)
-        self._desk.post(member, Submit(request, leg=LegKind.EXPORT))
-        self._note(accepted, "prefill placed", member.worker_id)
+        self._note(accepted, "prefill placed", accepted.prefill.member.worker_id)
 
     def prefilled(
         self, accepted: Accepted, output: SequenceOutput, now: float, times: SequenceTimes | None

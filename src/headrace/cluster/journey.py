@@ -10,6 +10,8 @@ from collections import OrderedDict
 
 import msgspec
 
+from headrace.cluster.routing import Decision
+
 KEPT = 1000
 
 
@@ -29,6 +31,8 @@ class Journey(msgspec.Struct):
     prompt_tokens: int
     began_s: float
     entries: list[Entry] = []
+    decisions: list[Decision] = []
+    """Which workers were chosen, and why, in order."""
 
     def note(self, now: float, what: str, worker: str = "", **detail: str | int | float) -> None:
         self.entries.append(Entry(now - self.began_s, what, worker, detail))
@@ -42,7 +46,7 @@ class Journeys:
         self._ended: OrderedDict[str, Journey] = OrderedDict()
 
     def begin(self, request_id: str, prompt_tokens: int, now: float) -> Journey:
-        journey = Journey(request_id, prompt_tokens, now, [])
+        journey = Journey(request_id, prompt_tokens, now, [], [])
         self._open[request_id] = journey
         return journey
 

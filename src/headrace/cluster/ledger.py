@@ -9,6 +9,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from headrace.cluster.holdings import Prompt
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
 from headrace.cluster.stream import OutputStream
@@ -64,6 +65,8 @@ class Accepted:
     stage: Stage = Stage.WAITING
     home: Leg | None = None
     """Where it is decoded."""
+    prompt: Prompt | None = None
+    """What its present attempt begins with."""
     prefill: Leg | None = None
     """Where its prompt is computed, or its blocks are held."""
     attempts: int = 0
@@ -136,4 +139,5 @@ class Ledger:
     def close_leg(self, leg: Leg) -> None:
         """Nothing that the worker may still say of this attempt counts."""
         leg.member.legs.discard(leg.name)
+        leg.member.unseen.pop(leg.name, None)
         del self._legs[leg.name]

@@ -142,6 +142,7 @@ class Membership:
                     case Heartbeat(step=step, silent_s=silent_s):
                         member.step, member.engine_silent_s = step, silent_s
                         self._host.has_room(member)
+                        self._host.heard(member, message)
                     case Draining():
                         self._become(member, MemberState.DRAINING)
                     case Leaving(reason=reason):

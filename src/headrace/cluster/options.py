@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,8 @@ class GatewayOptions:
     routing: RoutingOptions = RoutingOptions()
     slo: ServiceLevels = ServiceLevels()
     admission: AdmissionOptions = AdmissionOptions()
+    cache_key: bytes = field(default=b"", repr=False)
+    """Of the hashes that name KV blocks, where the gateway may compute them; a secret."""
     revision: str = ""
     """The model's, where the gateway has its files: workers of another one are refused."""
     heartbeat_s: float = 1.0

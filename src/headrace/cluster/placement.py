@@ -1,4 +1,7 @@
-"""Which worker a request goes to. Pure functions over what the registry knows."""
+"""Which workers a request may go to at all. Pure functions over what the registry knows.
+
+Among those that may, the router chooses.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from headrace.cluster.registry import Member, MemberState
 from headrace.protocol.requests import GenerateRequest
 
 
-def choose_home(members: Iterable[Member], samples: int) -> Member | None:
-    """The least loaded worker that decodes and has room; a suspect one only where there is no other."""
+def possible_homes(members: Iterable[Member], samples: int) -> list[Member]:
+    """Workers that decode and have room; suspect ones only where there are no others."""
     fit = [m for m in members if m.info.role.decodes and m.takes_more and m.room >= samples]
-    return min(fit, key=_by_load, default=None)
+    return [m for m in fit if m.state is not MemberState.SUSPECT] or fit
 
 
-def choose_prefill(members: Iterable[Member], home: Member, policy: SplitPolicy) -> Member | None:
-    """The worker that prefills for `home`, the one with the shortest queue; None: there is none with room.
+def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPolicy) -> list[Member]:
+    """Workers that may prefill for `home`, those of role prefill first.
 
-    Workers of role prefill first; those of role both help a worker that only decodes.
+    Workers of role both help a worker that only decodes.
     """
     fit = [
         m
@@ -32,22 +35,18 @@ def choose_prefill(members: Iterable[Member], home: Member, policy: SplitPolicy)
     ]
     dedicated = [m for m in fit if not m.info.role.decodes]
     if not dedicated and home.info.role.prefills_for_others:
-        return None
-    return min(dedicated or fit, key=lambda m: (m.exports, *_by_load(m)), default=None)
+        return []
+    return dedicated or fit
 
 
-def may_split(request: GenerateRequest, home: Member, policy: SplitPolicy) -> bool:
-    """Whether a prompt is long enough to be prefilled elsewhere, as far as the gateway can tell.
+def may_split(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> bool:
+    """Whether so much of a prompt is to be computed that another worker should, as far as the gateway knows.
 
     Log-probabilities of the prompt are a by-product of its prefill, so such a prompt is prefilled where its
     answer comes from.
     """
     return (
         home.info.transfers
-        and len(request.prompt) > policy.prompt_length_threshold
+        and uncached_tokens > policy.prompt_length_threshold
         and request.sampling.prompt_logprobs is None
     )
-
-
-def _by_load(member: Member) -> tuple[bool, float, str]:
-    return member.state is MemberState.SUSPECT, member.load, member.worker_id

@@ -11,10 +11,12 @@ DOWN     | connection lost, silence of `lapse_s`, its goodbye   | no; known for 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from headrace.cluster.options import GatewayOptions
+from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import EngineInfo, FromWorker, StepStats, WorkerInfo
 
@@ -52,6 +54,11 @@ class Member:
     step: int = 0
     engine_silent_s: float = 0.0
     stats: StepStats | None = None
+    told_s: float = -math.inf
+    """When it said this."""
+    pace: Pace = field(init=False)
+    unseen: dict[str, float] = field(default_factory=dict)
+    """Prompt tokens of attempts that are on their way to its engine, and in none of its numbers."""
     legs: set[str] = field(default_factory=set)
     """Attempts that run there, exports included."""
     open_samples: int = 0
@@ -61,9 +68,24 @@ class Member:
     is_full: bool = False
     """Whether it gave a request back for want of room, and has none by what it said since."""
 
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.info.engine)
+
     @property
     def worker_id(self) -> str:
         return self.info.worker_id
+
+    @property
+    def queued_tokens(self) -> float:
+        """Prompt tokens that it has still to compute, those on their way included."""
+        told = self.stats.queued_tokens if self.stats is not None else 0
+        return told + sum(self.unseen.values()) if self.unseen else told
+
+    @property
+    def decode_load(self) -> float:
+        """Share of its rows, or of its KV blocks, that are in use, whichever is scarcer."""
+        held = self.stats.blocks_held / self.info.engine.num_blocks if self.stats is not None else 0.0
+        return max(self.load, held)
 
     @property
     def most_samples(self) -> int:

@@ -14,7 +14,7 @@ from headrace.cluster.delivery import Delivery
 from headrace.cluster.ledger import Accepted, Stage
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import choose_home
+from headrace.cluster.placement import possible_homes
 from headrace.cluster.registry import Member, Registry
 from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import Cancel, FromGateway
@@ -134,7 +134,7 @@ class Replays:
                     accepted, f"no other worker was free within {most_s:g} s; send it again"
                 )
             live = list(self._registry.live())
-            fits = (one for one in self._waiting if choose_home(live, len(one.samples)) is not None)
+            fits = (one for one in self._waiting if possible_homes(live, len(one.samples)))
             if (first := next(fits, None)) is not None:
                 self._place(first)
                 await asyncio.sleep(self._options.replay_pause_s)

@@ -17,6 +17,7 @@ from headrace.engine.blocks import BlockPool
 from headrace.engine.identity import BlockHasher
 from headrace.engine.sequence import Sequence
 from headrace.protocol.handoff import BlockSpan
+from headrace.protocol.messages import BlockNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,16 @@ class KVCache:
         self.no_blocks: tuple[list[int], ...] = tuple([] for _ in self.groups)
         """What `extend` gives to whom it need not give anything."""
         self.hasher = BlockHasher(key, fingerprint, block_size)
+
+    @property
+    def told_group(self) -> int:
+        """The group whose blocks routers are told of: the first that sees all of the context, or else the first."""
+        return next((number for number, group in enumerate(self.groups) if group.window is None), 0)
+
+    @property
+    def block_names(self) -> BlockNames:
+        """What others need, beside the key, to name the blocks of a prompt as this cache does."""
+        return BlockNames(self.hasher.fingerprint, self.told_group, self.hasher.key_check)
 
     def root(self, salt: str) -> bytes:
         """Where the chain of identities of a tenant's blocks starts."""

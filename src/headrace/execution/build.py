@@ -142,6 +142,7 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
         block_bytes=pool.block_bytes,
         weight_bytes=sum(math.prod(entry.shape) for entry in files.tensors.values()) * kernels.dtype.itemsize,
         prefix_caching=options.prefix_caching,
+        block_names=scheduler.cache.block_names if options.cache_key else None,
         kv_layout=f"{kernels.numerics}, {_name(kernels.dtype)}, {pool.block_bytes} bytes a block",
         threads=options.threads,
         pid=os.getpid(),

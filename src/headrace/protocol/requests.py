@@ -50,6 +50,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Lower is more urgent; equal priorities are served in order of arrival."""
     cache_salt: str = ""
     """Requests share cached blocks only with requests of the same salt (a tenant's own cache)."""
+    session: str = ""
+    """Requests of one session are better served by the worker that served it before."""
+    tenant: str = ""
+    """Who asks: among requests of equal urgency tenants take turns."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -26,7 +26,7 @@ from headrace.sim.hash_model import Expected
 from headrace.sim.launcher import TaskLauncher
 from headrace.sim.link import DATACENTRE, LinkProfile
 from headrace.sim.network import Crash
-from headrace.sim.shape import EngineShape, executor_of
+from headrace.sim.shape import KEY, EngineShape, executor_of
 from headrace.sim.simulation import Simulation
 from headrace.worker import Supervisor, WorkerOptions, serve
 from headrace.world import World
@@ -269,6 +269,7 @@ class SimCluster:
         self.step_timeout_s = step_timeout_s
         self.gateway_type = gateway_type
         self.options = options or GatewayOptions(
+            cache_key=KEY,
             split=split or SplitPolicy(prompt_length_threshold=12),
             heartbeat_s=0.2,
             suspect_after_s=0.6,

@@ -72,6 +72,7 @@ class EngineShape:
             block_bytes=block_bytes,
             weight_bytes=0,
             prefix_caching=True,
+            block_names=engine.scheduler.cache.block_names,
             kv_layout=f"hash values, {block_bytes} bytes a block",
             threads=1,
             pid=1,

@@ -28,7 +28,7 @@ from headrace.protocol.messages import EngineInfo
 from headrace.protocol.requests import GenerateRequest, TokenLogprobs
 from headrace.sim.hash_executor import SimExecutor
 from headrace.sim.hash_model import Expected
-from headrace.sim.shape import EngineShape
+from headrace.sim.shape import KEY, EngineShape
 
 LAYERS, HIDDEN, INNER, HEAD = 2, 32, 48, 16
 TILE = 16
@@ -94,7 +94,7 @@ class TorchShape(EngineShape):
             prefix_caching=prefix_caching,
             batch_invariant=True,
             shared_kv=True,
-            cache_key=b"the cluster's key",
+            cache_key=KEY,
         )
         built = build_engine(options)
         return Engine(built.engine.scheduler, TorchSimExecutor(built, self.step_s, self.token_s))

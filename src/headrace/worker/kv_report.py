@@ -1,24 +1,18 @@
 """What becomes of the prefix cache, as routers are told it: by an engine, through the supervisor's mirror.
 
 In: the block pool's events. Out: what came of them at each step, numbered; and everything at once, for a
-router that begins or has missed some. An identity is named without its group: of the groups of layers one
-is told of, the first that sees all of the context, or else the first.
+router that begins or has missed some. One group of layers is told of, and its blocks are named
+without its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from headrace.engine import GroupSpec
 from headrace.engine.blocks import BlockRemoved, KVEvent
 from headrace.protocol.messages import KVEvents, KVSnapshot
 
 _GROUP_BYTES = 2
-
-
-def told_group(groups: Sequence[GroupSpec]) -> int:
-    """The number of the group that is told of."""
-    return next((number for number, group in enumerate(groups) if group.window is None), 0)
 
 
 class KVReport:

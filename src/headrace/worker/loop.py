@@ -41,7 +41,7 @@ from headrace.protocol.messages import (
     Submit,
 )
 from headrace.protocol.requests import SequenceOutput
-from headrace.worker.kv_report import KVReport, told_group
+from headrace.worker.kv_report import KVReport
 from headrace.worker.times import Stopwatch
 from headrace.world import ConnectionLost, World
 
@@ -90,7 +90,7 @@ class _Loop:
         self._times = Stopwatch()
         self._last_step = 0
         self._taken: list[str] = []
-        self._kv = KVReport(told_group(engine.scheduler.cache.groups))
+        self._kv = KVReport(engine.scheduler.cache.told_group)
         self._kv_changed: KVEvents | None = None
 
     async def run(self, ready: EngineReady) -> None:

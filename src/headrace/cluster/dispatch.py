@@ -1,0 +1,162 @@
+"""Sends requests to workers: asks the router where to, and keeps account of what is on its way.
+
+In: accepted requests that have no worker, and what workers tell of their caches and steps. Out: attempts
+(legs) in the ledger, `Submit`s on channels, and every decision in the request's journey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from headrace.cluster.holdings import Holdings, Prompt
+from headrace.cluster.ledger import Accepted, Ledger, Leg, Stage
+from headrace.cluster.options import GatewayOptions
+from headrace.cluster.placement import may_split, possible_homes, possible_prefills
+from headrace.cluster.registry import Member, Registry
+from headrace.cluster.routing import Router, Wish
+from headrace.engine.intake import shared_salt
+from headrace.protocol.handoff import Leg as LegKind
+from headrace.protocol.messages import (
+    FromGateway,
+    Heartbeat,
+    KVEvents,
+    KVSnapshot,
+    KVWanted,
+    Outputs,
+    Submit,
+)
+from headrace.world import World
+
+_GUESS_KEY_BITS = 256
+
+
+class Desk(Protocol):
+    """What the gateway does for it."""
+
+    def post(self, member: Member, message: FromGateway) -> None: ...
+    def has_room(self, member: Member) -> None: ...
+
+
+class Dispatch:
+    """For one gateway."""
+
+    def __init__(
+        self,
+        world: World,
+        options: GatewayOptions,
+        registry: Registry,
+        ledger: Ledger,
+        desk: Desk,
+        report: Callable[[str], None],
+    ) -> None:
+        self._world = world
+        self._options = options
+        self._registry = registry
+        self._ledger = ledger
+        self._desk = desk
+        self._epoch = f"{world.random.stream('gateway epoch').getrandbits(32):08x}"
+        guess_key = world.random.stream("guess key").getrandbits(_GUESS_KEY_BITS).to_bytes(32, "big")
+        self._holdings = Holdings(options.cache_key, guess_key)
+        self._router = Router(options.routing, self._holdings, world.random.stream("routing"), report)
+
+    # ---- what workers tell ---------------------------------------------------------------------------
+
+    def joined(self, member: Member) -> None:
+        if self._holdings.joined(member):
+            self._desk.post(member, KVWanted())
+
+    def lost(self, member: Member) -> None:
+        self._holdings.lost(member)
+
+    def heard_cache(self, member: Member, message: KVEvents | KVSnapshot | Heartbeat) -> None:
+        """A worker tells of its prefix cache; ask for all of it where something was missed."""
+        match message:
+            case KVSnapshot():
+                self._holdings.snapshot(member, message)
+                missed = False
+            case KVEvents():
+                missed = self._holdings.changed(member, message)
+            case Heartbeat(kv_event=number):
+                missed = self._holdings.stands_at(member, number)
+        if missed:
+            self._desk.post(member, KVWanted())
+
+    def heard_step(self, member: Member, message: Outputs, now: float) -> None:
+        """A worker's numbers are others."""
+        for name in message.taken:
+            member.unseen.pop(name, None)
+        for times in message.times:
+            member.pace.ended(times)
+        if (stats := message.stats) is not None:
+            member.stats, member.told_s = stats, now
+            member.pace.stepped(stats, now)
+            if stats.running + stats.waiting < member.most_samples:
+                self._desk.has_room(member)
+
+    # ---- requests ------------------------------------------------------------------------------------
+
+    def place(self, accepted: Accepted) -> bool:
+        """Give a request to a worker; False: none has room. Raises ProtocolError for one too long to send."""
+        samples = accepted.samples
+        possible = possible_homes(self._registry.live(), len(samples))
+        if not possible:
+            return False
+        request, progress = accepted.request, accepted.progress
+        generated = max(progress.generated.values(), key=len, default=[])
+        accepted.prompt = Prompt([*request.prompt, *generated], shared_salt(request))
+        home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
+        accepted.attempts += 1
+        name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
+        # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
+        begins = 0 in samples and not samples[0].tokens
+        split = begins and may_split(request, home, uncached, self._options.split)
+        split = split and bool(self.possible_prefills(home))
+        accepted.stage = Stage.RESERVING if split else Stage.AT_HOME
+        accepted.home = self._ledger.open_leg(accepted, name, home)
+        home.open_samples += len(samples)
+        if not split:
+            home.unseen[name] = uncached
+        self._holdings.sent(home, accepted.prompt, self._world.now())
+        self._desk.post(
+            home,
+            Submit(
+                msgspec.structs.replace(request, request_id=name),
+                progress,
+                LegKind.IMPORT if split else LegKind.WHOLE,
+                self._options.split.prompt_length_threshold if split else 0,
+            ),
+        )
+        accepted.journey.note(
+            self._world.now(), "placed", home.worker_id, attempt=accepted.attempts, uncached_tokens=uncached
+        )
+        return True
+
+    def possible_prefills(self, home: Member) -> list[Member]:
+        """Who could prefill for a home now."""
+        return possible_prefills(self._registry.live(), home, self._options.split)
+
+    def place_prefill(self, accepted: Accepted, home: Leg) -> Leg | None:
+        """Have a prompt computed for its home by another worker; None: none has room."""
+        possible = self.possible_prefills(home.member)
+        if not possible or accepted.prompt is None:
+            return None
+        member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
+        leg = self._ledger.open_leg(accepted, f"{home.name}/p", member)
+        member.exports += 1
+        member.unseen[leg.name] = uncached  # until its engine says so itself
+        self._holdings.sent(member, accepted.prompt, self._world.now())
+        request = msgspec.structs.replace(accepted.request, request_id=leg.name)
+        self._desk.post(member, Submit(request, leg=LegKind.EXPORT))
+        return leg
+
+    def _choose(
+        self, accepted: Accepted, prompt: Prompt, possible: list[Member], purpose: str
+    ) -> tuple[Member, int]:
+        """A worker, and how many tokens of the prompt it has to compute."""
+        wish = Wish.of(accepted.request, len(prompt.tokens), len(accepted.samples))
+        member, decision = self._router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
+        accepted.journey.decisions.append(decision)
+        return member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])

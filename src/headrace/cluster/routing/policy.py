@@ -1,0 +1,26 @@
+"""What a routing policy is: one method that says what each candidate would cost."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from headrace.cluster.options import RoutingOptions
+from headrace.cluster.routing.candidates import Candidates, Column
+
+Terms = Mapping[str, Column]
+"""Named parts of a score, [candidates] each. The lowest sum wins; among equals the least loaded."""
+
+
+class Policy(ABC):
+    """Subclass it in a module of your own and name it in the configuration as `module:Class`."""
+
+    def __init__(self, options: RoutingOptions, chance: random.Random) -> None:
+        """`chance` is the policy's own stream of random numbers: a simulation can be lived again."""
+        self.options = options
+        self.chance = chance
+
+    @abstractmethod
+    def terms(self, among: Candidates) -> Terms:
+        """What each candidate would cost this request (`among.wish`). At least one candidate is there."""

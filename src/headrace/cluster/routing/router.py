@@ -1,0 +1,97 @@
+"""Chooses: which worker decodes a request, and which one prefills for it.
+
+In: workers that may take it, what is known of them, and a policy. Out: the chosen one, and the decision with
+everything that led to it. A policy of the user's own that fails costs nobody a request: the least loaded
+worker is chosen instead, and the decision says so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from headrace.cluster.holdings import Holdings, Prompt
+from headrace.cluster.options import RoutingOptions
+from headrace.cluster.registry import Member
+from headrace.cluster.routing.candidates import Candidates, Column, Wish
+from headrace.cluster.routing.decision import Decision
+from headrace.cluster.routing.policies import policy_of
+from headrace.cluster.routing.policy import Terms
+
+
+class Router:
+    """For one gateway."""
+
+    def __init__(
+        self,
+        options: RoutingOptions,
+        holdings: Holdings,
+        chance: random.Random,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Raises ValueError for a policy that there is not. `report` gets lines for people."""
+        self._name = options.policy
+        self._policy = policy_of(options, chance)
+        self._holdings = holdings
+        self._report = report
+        self._has_failed = False
+
+    def choose(
+        self, members: Sequence[Member], wish: Wish, prompt: Prompt, *, purpose: str, now: float
+    ) -> tuple[Member, Decision]:
+        """One of at least one member, for this purpose; `now` on the gateway's clock."""
+        cached = self._holdings.cached_tokens(prompt, members, now)
+        among = Candidates(members, wish, cached, now)
+        rule = f"lowest score of policy {self._name}"
+        try:
+            terms = self._policy.terms(among)
+            scores = _scores(terms, len(members))
+        except Exception as error:  # a policy of the user's own may do anything; the request must go on
+            rule = f"policy {self._name} failed with {type(error).__name__}: {error}; the least loaded"
+            if not self._has_failed:
+                self._has_failed = True
+                self._report(f"routing {rule} worker is chosen instead, here and whenever it fails")
+            terms = {"load": among.load}
+            scores = among.load
+        if len(members) == 1:
+            rule = "the only one with room"
+        best = _lowest(scores, members)
+        decision = Decision(
+            at_s=now,
+            purpose=purpose,
+            policy=self._name,
+            rule=rule,
+            workers=tuple([member.worker_id for member in members]),
+            chosen=best,
+            scores=scores,
+            terms=terms,
+            cached_tokens=among.cached_tokens,
+            queued_tokens=among.queued_tokens,
+            ttft_s=among.ttft_s,
+            tpot_s=among.tpot_s,
+            age_s=among.age_s,
+        )
+        return members[best], decision
+
+
+def _scores(terms: Terms, count: int) -> Column:
+    """The sums. Raises ValueError for columns that are none, or that choose nobody."""
+    if not terms:
+        raise ValueError("it gives no terms")
+    for name, column in terms.items():
+        if np.shape(column) != (count,):
+            raise ValueError(f"its term {name!r} is of shape {np.shape(column)}, not ({count},)")
+    scores: Column = np.sum([np.asarray(column, dtype=np.float64) for column in terms.values()], axis=0)
+    if np.isnan(scores).any():
+        raise ValueError("its scores are not all numbers")
+    if np.isinf(scores).all():
+        raise ValueError("its scores rule everybody out")
+    return scores
+
+
+def _lowest(scores: Column, members: Sequence[Member]) -> int:
+    """The index of the lowest score; among equals of the least loaded, then by name."""
+    equal = np.flatnonzero(scores == scores.min()).tolist()
+    return min(equal, key=lambda i: (members[i].load, members[i].worker_id)) if len(equal) > 1 else equal[0]
