@@ -13,8 +13,9 @@ import yaml
 
 from headrace.api.options import gateway_options
 from headrace.cluster.options import GatewayOptions
+from headrace.cluster.routing.policies import POLICIES as CLASSES
 from headrace.config import EngineOptions
-from headrace.config.cluster import ClusterFile
+from headrace.config.cluster import POLICIES, ClusterFile
 from headrace.config.reading import fields, read_cluster
 from headrace.config.schema import schema_text
 
@@ -118,3 +119,7 @@ def test_defaults_are_those_of_the_options() -> None:
     engine = ClusterFile().engine.model_dump(exclude={"threads", "step_timeout", "kv_cache_memory"})
     options = EngineOptions(directory="", served_name="")
     assert engine == {name: getattr(options, name) for name in engine}
+
+
+def test_the_policies_are_those_of_the_router() -> None:
+    assert list(POLICIES) == list(CLASSES)

@@ -195,6 +195,13 @@ class WorkerBlocks(_Answer):
     cached: int
 
 
+class WorkerPrefixCache(_Answer):
+    """Prompt tokens, since the engine's start."""
+
+    queries: int
+    hits: int
+
+
 class WorkerAnswer(_Answer):
     id: str
     role: Literal["prefill", "decode", "both"]
@@ -211,6 +218,9 @@ class WorkerAnswer(_Answer):
     running: int
     waiting: int
     blocks: WorkerBlocks
+    prefix_cache: WorkerPrefixCache
+    step_s: float | None
+    """How long its last step took."""
     model: str
     revision: str
     numerics: str
@@ -219,9 +229,15 @@ class WorkerAnswer(_Answer):
     pid: int
 
 
+class ServiceLevelsAnswer(_Answer):
+    ttft_s: float
+    tpot_s: float
+
+
 class ClusterAnswer(_Answer):
     state: Literal["starting", "ready", "draining", "dead"]
     open_sequences: int
+    slo: ServiceLevelsAnswer
     workers: list[WorkerAnswer]
 
 

@@ -33,7 +33,14 @@ def cluster_routes(server: Server) -> APIRouter:
         """The gateway's state and every worker that it knows."""
         now = asyncio.get_running_loop().time()
         workers = [_worker(member, now) for member in gateway.registry]
-        return _json({"state": gateway.state, "open_sequences": gateway.open_samples, "workers": workers})
+        return _json(
+            {
+                "state": gateway.state,
+                "open_sequences": gateway.open_samples,
+                "slo": {"ttft_s": server.slo.ttft_s, "tpot_s": server.slo.tpot_s},
+                "workers": workers,
+            }
+        )
 
     @router.get(
         "/cluster/requests/{request_id}", responses={200: {"model": JourneysAnswer}, **errors(403, 404)}
@@ -93,6 +100,11 @@ def _worker(member: Member, now: float) -> dict[str, Any]:
             "quarantined": stats.blocks_quarantined if stats is not None and live else 0,
             "cached": stats.blocks_cached if stats is not None and live else 0,
         },
+        "prefix_cache": {
+            "queries": stats.prefix_queries if stats is not None else 0,
+            "hits": stats.prefix_hits if stats is not None else 0,
+        },
+        "step_s": stats.step_s if stats is not None and stats.rows and live else None,
         "model": info.engine.model,
         "revision": info.engine.revision,
         "numerics": info.engine.numerics,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace.cluster import Gateway
+from headrace.cluster.options import ServiceLevels
 from headrace.config import ServingOptions
 from headrace.observe import Metrics
 from headrace.store import ModelFiles
@@ -84,3 +85,5 @@ class Server:
     seeds: random.Random
     """Where a client gives no seed, it comes from here."""
     options: ServingOptions = field(default_factory=ServingOptions)
+    slo: ServiceLevels = field(default_factory=ServiceLevels)
+    """What requests may expect; for those who look."""

@@ -64,6 +64,7 @@ class Service:
         self._door = door
         self._world = real_world(door.credentials if door is not None else None, say)
         self._metrics = Metrics(options.served_name)
+        self._slo = (gateway or GatewayOptions()).slo
         self._pools = pools or Pools()
         key = door.credentials.cluster_key if door is not None else os.urandom(CACHE_KEY_BYTES)
         self._cluster = LocalCluster(
@@ -127,7 +128,7 @@ class Service:
         try:
             model = await asyncio.to_thread(ServedModel.from_files, self._files, self._options.served_name)
             seeds = self._world.random.stream("seeds")
-            server = Server(self._cluster.gateway, model, self._metrics, seeds, self._serving)
+            server = Server(self._cluster.gateway, model, self._metrics, seeds, self._serving, self._slo)
             self._http = HttpServer(create_app(server), self._bound)
             await self._http.start()
             return await starting

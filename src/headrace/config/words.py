@@ -6,13 +6,16 @@ default. It must not know the machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from headrace.config.cluster import POLICIES, ROLES, ClusterFile, PoolAutoscale
+
+Says = Callable[[Any, ClusterFile], str]
+"""What a field's value does, in words."""
 
 _SERVES = {
     "prefill": "prefill long prompts for others",
@@ -107,8 +110,8 @@ def _says(file: ClusterFile, path: str) -> str:
     return _SENTENCES[path](value, file)
 
 
-def _weight(of: str) -> Any:
-    def says(weight: float, file: ClusterFile) -> str:
+def _weight(of: str) -> Says:
+    def says(weight: Any, file: ClusterFile) -> str:
         if file.routing.policy != "cost":
             return f"does not act: {file.routing.policy} has no weights"
         return f"weight of {of}" if weight else f"{of} does not count"
@@ -116,7 +119,7 @@ def _weight(of: str) -> Any:
     return says
 
 
-def _acts_early(says: str, otherwise: str = "") -> Any:
+def _acts_early(says: str, otherwise: str = "") -> Says:
     """Words for a field that acts with early rejection only; `otherwise` where it is off itself."""
 
     def words(value: Any, file: ClusterFile) -> str:
@@ -129,7 +132,7 @@ def _acts_early(says: str, otherwise: str = "") -> Any:
     return words
 
 
-_SENTENCES: dict[str, Any] = {
+_SENTENCES: dict[str, Says] = {
     "model": lambda v, f: "is served" if v else "give one as the argument, or with --set model=NAME",
     "served_model_name": lambda v, f: (
         "is what clients ask for" if v else "clients ask for the model's own name"
