@@ -18,10 +18,12 @@ from headrace.api.workers import WORKER_COMMAND
 from headrace.cluster import GatewayObserver, LocalCluster
 from headrace.cluster.options import GatewayOptions, SplitPolicy
 from headrace.cluster.registry import Member
+from headrace.config.engine import Connector
 from headrace.protocol.messages import ImportSettled, Role
 from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams
 from headrace.sim.hash_executor import HashModel
 from headrace.sim.hash_model import expected
+from headrace.sim.shape import EngineShape
 from headrace.worker import WorkerOptions
 from headrace.worker.process import ProcessOptions
 from headrace.world import real_world
@@ -42,6 +44,8 @@ class Tally(GatewayObserver):
         self.replays = 0
         self.transfers = 0
         self.failed_transfers = 0
+        self.read_blocks = 0
+        """Those that came over NIXL."""
 
     def replayed(self) -> None:
         self.replays += 1
@@ -49,13 +53,15 @@ class Tally(GatewayObserver):
     def handed_over(self, settled: ImportSettled) -> None:
         self.transfers += settled.imported
         self.failed_transfers += not settled.imported
+        self.read_blocks += settled.read if settled.imported else 0
 
 
 class FaultHouse:
     """One cluster, from `start` to `stop`."""
 
-    def __init__(self) -> None:
-        self.shape = SHAPE
+    def __init__(self, connector: Connector, shape: EngineShape) -> None:
+        self.shape = shape
+        self.connector = connector
         self.tally = Tally()
         self.lines: list[str] = []
         self.local = LocalCluster(
@@ -77,7 +83,12 @@ class FaultHouse:
     def _launcher(self, name: str, role: Role) -> LocalLauncher:
         options = ProcessOptions(
             worker=WorkerOptions(
-                worker_id=name, role=role, data_address="127.0.0.1:0", step_timeout_s=STEP_TIMEOUT_S
+                worker_id=name,
+                role=role,
+                data_address="127.0.0.1:0",
+                step_timeout_s=STEP_TIMEOUT_S,
+                connector=self.connector,
+                check_reads=True,
             ),
             engine=msgspec.Raw(msgspec.json.encode(self.shape)),
             engine_command=ENGINE,
@@ -93,6 +104,12 @@ class FaultHouse:
 
     def engine(self, name: str) -> psutil.Process:
         return psutil.Process(self.member(name).info.engine.pid)
+
+    def agent(self, name: str) -> psutil.Process:
+        """The process in which the worker's NIXL agent lives."""
+        found = [p for p in self.supervisor(name).children() if "headrace.world.nixl_process" in p.cmdline()]
+        assert len(found) == 1, (name, found)
+        return found[0]
 
     def supervisor(self, name: str) -> psutil.Process:
         parent = self.engine(name).parent()
@@ -180,11 +197,15 @@ class FaultHouse:
         assert all(not m.legs and not m.open_samples and not m.exports for m in live), self._state()
 
 
-def in_fault_house(body: Callable[[FaultHouse], Awaitable[None]]) -> None:
+def in_fault_house(
+    body: Callable[[FaultHouse], Awaitable[None]],
+    connector: Connector = "tcp",
+    shape: EngineShape = SHAPE,
+) -> None:
     """Run `body` beside a started cluster; no process may be left after it."""
 
     async def main() -> None:
-        house = FaultHouse()
+        house = FaultHouse(connector, shape)
         async with asyncio.timeout(LIMIT_S):
             try:
                 await house.local.start()

@@ -19,7 +19,7 @@ async def under_load(house: FaultHouse, name: str, process: str, number: signal.
         await house.until(lambda: house.done >= AT_ONCE or serving.done(), "the height of the load")
         await house.until(lambda: bool(house.member(name).legs) or serving.done(), f"work at {name}")
         assert not serving.done(), "the load was over too soon"
-        target = house.engine(name) if process == "engine" else house.supervisor(name)
+        target = {"engine": house.engine, "supervisor": house.supervisor, "agent": house.agent}[process](name)
         target.send_signal(number)
         await serving
     finally:
