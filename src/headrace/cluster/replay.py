@@ -7,6 +7,7 @@ one worker's death a flood at the others; or an ending, when its budget is spent
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection
 from typing import Protocol
 
@@ -129,20 +130,22 @@ class Replays:
         most_s = self._options.replay_timeout_s
         while self._waiting:
             now = self._world.now()
-            for accepted in [one for one in self._waiting if now >= self._patience_ends_s(one)]:
+            live = list(self._registry.live())
+            impatient = [one for one in self._waiting if now >= self._patience_ends_s(one)]
+            for accepted in [one for one in impatient if not possible_homes(live, len(one.samples))]:
                 self._delivery.end_all(
                     accepted, f"no other worker was free within {most_s:g} s; send it again"
                 )
-            live = list(self._registry.live())
             fits = (one for one in self._waiting if possible_homes(live, len(one.samples)))
             if (first := next(fits, None)) is not None:
                 self._place(first)
                 await asyncio.sleep(self._options.replay_pause_s)
             elif self._waiting:
                 ends_s = min(self._patience_ends_s(one) for one in self._waiting)
-                changed = asyncio.ensure_future(self._desk.wait_changed())
-                await asyncio.wait({changed}, timeout=ends_s - now)
-                changed.cancel()
+                with contextlib.suppress(TimeoutError):
+                    # Awaited here and by no other task: one would begin to listen a turn of the loop later.
+                    async with asyncio.timeout(ends_s - now):
+                        await self._desk.wait_changed()
 
     def _patience_ends_s(self, accepted: Accepted) -> float:
         since_s = accepted.waits_since_s
