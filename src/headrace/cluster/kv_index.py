@@ -7,7 +7,7 @@ never has equal ones, and so can share an index.
 
 Knows nothing of events, workers or scores. The table is in C++ (native/src/kv_index.h): a million blocks take
 40 MiB with up to 64 slots and 93 MiB with 512. The end of a member, or a snapshot of one that held something,
-looks at every block once (some 10 ms for a million); all else only at the blocks named.
+looks at every block once (10 to 25 ms for a million); all else only at the blocks named.
 """
 
 from __future__ import annotations
