@@ -2,11 +2,14 @@
 
 Certificates and all: the processes are started by `headrace gateway` and `headrace worker`. What comes of a
 request while its blocks are on their way must equal what comes of it afterwards, over a link that is whole.
+Blocks cross it as bytes, and read with NIXL over TCP, as between machines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -23,10 +26,12 @@ from link import Link, why_not
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.observe.metrics import TRANSFERRED
+from headrace.world.nixl_messages import PACKAGES
 
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(180)]
 
+HAS_NIXL = any(importlib.util.find_spec(name) for name in PACKAGES)
 PORT = 7000
 START_TIMEOUT_S = 60.0
 SENTENCE = "The river rose in the night, and by morning the lower fields had gone. "
@@ -36,10 +41,11 @@ AT_ONCE = 4
 class Behind:
     """A cluster with its prefill worker behind a link."""
 
-    def __init__(self, link: Link, model: Path, directory: Path) -> None:
+    def __init__(self, link: Link, model: Path, directory: Path, connector: str) -> None:
         self.link = link
         self._model = model
         self._directory = directory
+        self.connector = connector
         self._processes: list[psutil.Popen] = []
         self.url = ""
         self._asked = 0
@@ -58,6 +64,7 @@ class Behind:
                 role,
                 *("worker", "--join", gateway, "--role", role, "--name", role, "--data-address", f"{host}:0"),
                 *("--kv-cache-memory", "128MiB", "--threads", "1", "--batch-invariant"),
+                *("--connector", self.connector),
                 inside=inside,
             )
         self._until(lambda: "ready after" in self.said("gateway"), "the gateway serves")
@@ -70,7 +77,11 @@ class Behind:
         with open(self._directory / f"{name}.log", "w") as log:
             self._processes.append(
                 psutil.Popen(
-                    [*inside, *headrace, *options, *credentials], stdout=log, stderr=subprocess.STDOUT
+                    [*inside, *headrace, *options, *credentials],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    # On one machine UCX would read from process to process, and nothing would cross the link.
+                    env=os.environ | {"UCX_TLS": "tcp"},
                 )
             )
 
@@ -155,10 +166,20 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-@pytest.fixture(scope="module")
-def behind(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tcp",
+        pytest.param(
+            "nixl", marks=pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed (headrace[nixl])")
+        ),
+    ],
+)
+def behind(
+    request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Behind]:
     with Link() as link:
-        cluster = Behind(link, smollm2_dir, tmp_path_factory.mktemp("behind"))
+        cluster = Behind(link, smollm2_dir, tmp_path_factory.mktemp("behind"), request.param)
         try:
             cluster.start()
             yield cluster
@@ -196,6 +217,7 @@ def test_a_whole_link_transfers(behind: Behind) -> None:
     before = behind.transfers()["transferred"]
     check(behind, lambda: None)
     assert behind.transfers()["transferred"] >= before + AT_ONCE
+    assert ("come over NIXL" in behind.said("decode")) == (behind.connector == "nixl"), behind.said("decode")
 
 
 def test_a_slow_link_is_waited_for(behind: Behind) -> None:

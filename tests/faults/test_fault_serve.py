@@ -207,7 +207,7 @@ def test_nothing_outlives_a_killed_server(smollm2_dir: Path) -> None:
         while len(load.open) < AT_ONCE:
             await asyncio.sleep(0.01)
         children = server.gateway.children(recursive=True)
-        assert len(children) == 6  # a supervisor and an engine for each worker
+        assert len(children) >= 6  # a supervisor and an engine for each worker, and NIXL's where that is had
         server.signal(signal.SIGKILL)
         with pytest.raises(ExceptionGroup):
             await serving
