@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import uvloop
 from certificates import copy, reissue
@@ -295,6 +296,41 @@ def test_a_server_without_tls(play, credentials: Credentials) -> None:
                     await StreamNetwork(credentials).connect(address, timeout_s=0.5)
 
     play(scenario)
+
+
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["silent", "no TLS"])
+def test_strangers_are_bounded_and_keep_nobody_out(
+    play, words: bytes, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a file descriptor, whoever it is: the one that waited longest makes room for the next."""
+    monkeypatch.setattr("headrace.world.tls.FAREWELL_S", 10.0)
+    monkeypatch.setattr("headrace.world.streams.most_files", lambda: 256.0)
+    most = 64
+    lines: list[str] = []
+
+    async def scenario() -> None:
+        network = StreamNetwork(credentials, lines.append)
+        async with listening(network, Echo()) as address:
+            host, _, port = address.partition(":")
+
+            def accepted() -> int:
+                known = psutil.Process().net_connections("tcp4")
+                return sum(c.laddr == (host, int(port)) and c.status != psutil.CONN_LISTEN for c in known)
+
+            strangers = [await asyncio.open_connection(host, int(port)) for _ in range(3 * most)]
+            for _, writer in strangers:
+                with suppress(ConnectionError):
+                    writer.write(words)
+            deadline = time.monotonic() + 5.0
+            while accepted() > most:
+                assert time.monotonic() < deadline, accepted()
+                await asyncio.sleep(0.02)
+            await echoed(network, address)
+            for _, writer in strangers:
+                writer.close()
+
+    play(scenario)
+    assert "a connection from 127.0.0.1 was refused: 64 others wait to show who they are" in lines
 
 
 def test_a_slow_handshake_ends_and_holds_up_nobody(

@@ -1,10 +1,11 @@
-"""What this machine can give a process: GPUs, and memory as the kernel and the control group allow it.
+"""What this machine can give a process: GPUs, file descriptors, memory that kernel and control group allow.
 
 Out: numbers; memory in bytes. It must not know what they are for.
 """
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
@@ -25,6 +26,12 @@ def available_memory() -> int | None:
 def gpu_count() -> int:
     """GPUs that NVIDIA's driver tells of."""
     return len(list(_NVIDIA.iterdir())) if _NVIDIA.is_dir() else 0
+
+
+def most_files() -> float:
+    """File descriptors that this process may have at once."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return float("inf") if most == resource.RLIM_INFINITY else most
 
 
 def _machine_memory() -> int | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from headrace import _native
 from headrace.world import bulk
 from headrace.world.connection import HandlerTasks, TransportConnection
+from headrace.world.machine import most_files
 from headrace.world.network import (
     UNIX_PREFIX,
     ConnectFailed,
@@ -31,13 +32,17 @@ from headrace.world.network import (
     join_host_port,
     split_host_port,
 )
-from headrace.world.tls import TlsTransport
+from headrace.world.tls import Strangers, TlsTransport
 
 if TYPE_CHECKING:
     from headrace.world.credentials import Credentials
 
 ACCEPT_BACKLOG = 1024
 """Connections the kernel completes before they are accepted; its own limit (somaxconn) may be lower."""
+
+MAX_STRANGERS = 1000
+STRANGERS_SHARE = 0.25
+"""So many peers at once may be on their way to show who they are, or this share of the file descriptors."""
 
 REFUSALS_KNOWN = 1000
 """Of so many peers and reasons it is remembered that their refusal was reported."""
@@ -59,6 +64,7 @@ class StreamNetwork(Network):
         self._server_tls = credentials.server_context() if credentials is not None else None
         self._client_tls = credentials.client_context() if credentials is not None else None
         self._report = report
+        self._strangers = Strangers(int(min(MAX_STRANGERS, most_files() * STRANGERS_SHARE)))
         self._refusals: set[tuple[str, str]] = set()
 
     async def listen(self, address: str, handler: Handler, *, plain: bool = False) -> Listener:
@@ -82,7 +88,9 @@ class StreamNetwork(Network):
                 server = await loop.create_server(connections, sock=bound, backlog=ACCEPT_BACKLOG)
             else:
                 server = await loop.create_server(
-                    lambda: self._asked_who_it_is(TlsTransport(tls, connections(), server_side=True)),
+                    lambda: self._asked_who_it_is(
+                        TlsTransport(tls, connections(), server_side=True, strangers=self._strangers)
+                    ),
                     sock=bound,
                     backlog=ACCEPT_BACKLOG,
                 )

@@ -53,15 +53,46 @@ class _State(enum.Enum):
     REFUSED = enum.auto()
 
 
+class Strangers:
+    """Peers that have dialled in and have not shown who they are, and those that could not and are not gone.
+
+    They are bounded, since each takes a file descriptor, and anybody can be one. Beyond, the one that had the
+    longest time for it goes: who has a certificate shows it at once, and dials again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._here: dict[TlsTransport, None] = {}  # in the order in which they came
+
+    def came(self, peer: TlsTransport) -> None:
+        if len(self._here) >= self._most:
+            longest = next(iter(self._here))
+            del self._here[longest]
+            longest.turn_away(f"{self._most} others wait to show who they are")
+        self._here[peer] = None
+
+    def left(self, peer: TlsTransport) -> None:
+        self._here.pop(peer, None)
+
+
 class TlsTransport(asyncio.Protocol, asyncio.Transport):
     """The protocol of a socket's transport, and the transport of a connection's protocol."""
 
-    def __init__(self, context: ssl.SSLContext, protocol: asyncio.Protocol, *, server_side: bool) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        protocol: asyncio.Protocol,
+        *,
+        server_side: bool,
+        strangers: Strangers | None = None,
+    ) -> None:
+        """With `strangers` it is one of them until it is verified or gone."""
         super().__init__()
         self.protocol = protocol
         self.verified: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done with the handshake; fails with TlsError, or with the OSError that prevented it."""
         self._server_side = server_side
+        self._strangers = strangers
         self._state = _State.HANDSHAKE
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -77,6 +108,8 @@ class TlsTransport(asyncio.Protocol, asyncio.Transport):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
+        if self._strangers is not None:
+            self._strangers.came(self)
         self._set_timer(HANDSHAKE_S, self._too_slow)
         self._shake_hands()
 
@@ -108,6 +141,8 @@ class TlsTransport(asyncio.Protocol, asyncio.Transport):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer(None)
+        if self._strangers is not None:
+            self._strangers.left(self)
         if self._state in (_State.OPEN, _State.BROKEN):
             self.protocol.connection_lost(self._error or exc)
         elif not self.verified.done():
@@ -133,12 +168,23 @@ class TlsTransport(asyncio.Protocol, asyncio.Transport):
             self._fail(f"its certificate does not carry the name {NODE_NAME}")
             return
         self._set_timer(None)
+        if self._strangers is not None:
+            self._strangers.left(self)
         self._state = _State.OPEN
         self.protocol.connection_made(self)
         self._conclude(None)
 
     def _too_slow(self) -> None:
         self._fail(f"no TLS handshake within {HANDSHAKE_S:g} s")
+
+    def turn_away(self, reason: str) -> None:
+        """Wait no longer for a peer to show who it is. Not for one that is verified."""
+        if self._state is _State.HANDSHAKE:
+            self._error = TlsError(reason)
+            self._state = _State.REFUSED
+            self._conclude(self._error)
+        self._set_timer(None)
+        self._socket.abort()
 
     def _conclude(self, error: Exception | None) -> None:
         if self.verified.cancelled():
