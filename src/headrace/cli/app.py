@@ -14,7 +14,7 @@ from headrace.cli.gateway import gateway
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
 from headrace.cli.serve import serve
-from headrace.cli.simulate import simulate
+from headrace.cli.simulate import app as simulate
 from headrace.cli.version import version
 from headrace.cli.worker import worker
 
@@ -36,8 +36,8 @@ app.command()(worker)
 app.command()(status)
 app.command()(explain)
 app.command()(drain)
-app.command()(simulate)
 app.command()(calibrate)
 app.command()(version)
 app.add_typer(config, name="config")
+app.add_typer(simulate, name="simulate")
 app.add_typer(models, name="models")

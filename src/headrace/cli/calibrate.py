@@ -35,7 +35,7 @@ def calibrate(
         str, typer.Argument(help="A name, a directory, a GGUF file, or a hub id.")
     ] = "smollm2-135m",
     output: Annotated[
-        Path, typer.Option(help="Where to write what was found; `simulate --hardware` reads it.")
+        Path, typer.Option(help="Where to write what was found; `simulate fleet --hardware` reads it.")
     ] = Path("calibration.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each step is run; the median counts.")] = 5,
     dtype: DtypeOption = DEFAULTS.dtype,
@@ -83,7 +83,7 @@ def calibrate(
             built.engine.executor.close()
         found.write(output)
         _print(found, steps)
-        print(f"\nwritten to {output}; use it with: headrace simulate --hardware {output}")
+        print(f"\nwritten to {output}; use it with: headrace simulate fleet --hardware {output}")
 
 
 async def _calibrate(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from headrace.cli.errors import clear_errors
+from headrace.cli.fleet import fleet
 
 if TYPE_CHECKING:
     from headrace.protocol.messages import Role
@@ -23,7 +24,13 @@ COUNT = 10
 AGAIN_EVERY = 10
 
 
+app = typer.Typer(name="simulate", context_settings={"help_option_names": ["-h", "--help"]})
+app.command()(fleet)
+
+
+@app.callback(invoke_without_command=True)
 def simulate(
+    context: typer.Context,
     seeds: Annotated[
         str, typer.Option(metavar="A:B", help="Seeds A to B - 1, or one seed; each is one history.")
     ] = "0:100",
@@ -53,8 +60,11 @@ def simulate(
     """Run gateways, workers and transfers in virtual time, with hashes for a model, and break things.
 
     Every output must be what the request produces alone, every request must end once, and nothing may be
-    left. Exit code 1 when that did not hold.
+    left. Exit code 1 when that did not hold. With the command `fleet`: what a cluster would do on given
+    hardware, with nothing broken.
     """
+    if context.invoked_subcommand is not None:
+        return
     with clear_errors():
         from headrace.sim.search import search
 

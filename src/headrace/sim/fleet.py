@@ -118,6 +118,9 @@ class Fleet:
         self.options = options
         self.adapters = adapters
         self.served: dict[str, Served] = {}
+        """By name, those whose requests have ended."""
+        self.heard: Callable[[int], None] = lambda ended: None
+        """Told with each ending how many have ended."""
         self._endings = observer
         self.cluster = SimCluster(
             simulation,
@@ -157,6 +160,7 @@ class Fleet:
             self.served[arrival.name] = await self._ask(request, asked, now)
         except RequestRefused as refused:
             self.served[arrival.name] = replace(asked, ended=str(refused.error.code))
+        self.heard(len(self.served))
 
     async def _ask(self, request: GenerateRequest, asked: Served, began_s: float) -> Served:
         loop, name = self.simulation.loop, request.request_id
@@ -226,11 +230,13 @@ def simulate(
     options: FleetOptions,
     *,
     prepare: Callable[[Fleet], Awaitable[None]] | None = None,
+    heard: Callable[[int], None] = lambda ended: None,
 ) -> FleetResult:
     """Serve these arrivals, which are in order of time, from an empty cluster to the last ending.
 
-    `prepare` is called when all workers are members, before the first arrival. Raises SimulationError where
-    the cluster cannot go on, TimeoutError where a request never ends.
+    `prepare` is called when all workers are members, before the first arrival; `heard` with each ending, with
+    how many have ended. Raises SimulationError where the cluster cannot go on, TimeoutError where a request
+    never ends.
     """
     began_cpu_s = time.process_time()
     wired: list[Adapters] = []
@@ -241,6 +247,7 @@ def simulate(
 
     async def main(simulation: Simulation) -> tuple[Fleet, float, dict[str, WorkerUse]]:
         fleet = Fleet(simulation, options, wired[0], _Endings())
+        fleet.heard = heard
         await fleet.cluster.start()
         if prepare is not None:
             await prepare(fleet)
