@@ -15,6 +15,7 @@ from headrace.cli.generate import generate
 from headrace.cli.models import app as models
 from headrace.cli.serve import serve
 from headrace.cli.simulate import app as simulate
+from headrace.cli.top import top
 from headrace.cli.version import version
 from headrace.cli.worker import worker
 
@@ -36,6 +37,7 @@ app.command()(worker)
 app.command()(status)
 app.command()(explain)
 app.command()(drain)
+app.command()(top)
 app.command()(calibrate)
 app.command()(version)
 app.add_typer(config, name="config")
