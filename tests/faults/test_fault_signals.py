@@ -81,12 +81,36 @@ def test_an_engine_that_stands_still_is_a_stuck_step(name: str) -> None:
 def test_a_silent_supervisor_is_given_up_and_comes_back(name: str) -> None:
     async def body(house: FaultHouse) -> None:
         supervisor, generation = house.supervisor(name), house.member(name).info.generation
+
+        async def wake_when_given_up() -> None:
+            await house.until(lambda: not house.member(name).is_live, "it is given up")
+            assert "silent" in house.member(name).why_down
+            supervisor.send_signal(signal.SIGCONT)
+
+        waking = asyncio.create_task(wake_when_given_up())
         await under_load(house, name, "supervisor", signal.SIGSTOP)
-        await house.until(lambda: not house.member(name).is_live, "it is given up")
-        assert "silent" in house.member(name).why_down
-        supervisor.send_signal(signal.SIGCONT)
+        await waking
         await house.until(lambda: house.member(name).is_live, "it is back")
         assert house.member(name).info.generation == generation  # the same life of the engine
+        await house.serve_all(house.requests(6, seed=99), 6)
+        await house.wait_nothing_held()
+
+    in_fault_house(body)
+
+
+@pytest.mark.parametrize("name", ["decode-1", "prefill-1"])
+def test_a_supervisor_that_stands_still_for_good_is_replaced(name: str) -> None:
+    async def body(house: FaultHouse) -> None:
+        supervisor, generation = house.supervisor(name), house.member(name).info.generation
+        await under_load(house, name, "supervisor", signal.SIGSTOP)
+        await house.until(
+            lambda: house.member(name).is_live and house.member(name).info.generation != generation,
+            "another worker of its name",
+        )
+        assert not supervisor.is_running()
+        assert f"{name} was lost with a process that stood still for 4 s; starting it again in 0.1 s" in (
+            house.lines
+        )
         await house.serve_all(house.requests(6, seed=99), 6)
         await house.wait_nothing_held()
 

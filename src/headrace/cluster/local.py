@@ -37,8 +37,9 @@ class LocalCluster:
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`launchers`, by the names of the workers, start each worker's process. At `listen` others join."""
+        self._options = options or GatewayOptions()
         self._listen = listen
-        self.gateway = Gateway(world, observer, options, report)
+        self.gateway = Gateway(world, observer, self._options, report)
         self._keepers = [Keeper(world, name, launcher, report) for name, launcher in launchers.items()]
         self._report = report
         self._started = False
@@ -74,6 +75,7 @@ class LocalCluster:
             await asyncio.get_running_loop().create_future()  # others keep their workers
         keepers = {asyncio.create_task(keeper.run(address)): keeper.name for keeper in self._keepers}
         running = set(keepers)
+        watch = asyncio.create_task(self._watch(), name="local watch")
         try:
             while running:
                 ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -83,9 +85,31 @@ class LocalCluster:
                             raise error
                         self._report(str(error))
         finally:
-            for keeper in keepers:
-                keeper.cancel()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            for task in (watch, *keepers):
+                task.cancel()
+            await asyncio.gather(watch, *keepers, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """Have those workers started again that were given up for their silence and do not come back.
+
+        Their processes live and do nothing. They get as long to come back as they got to speak, in turns of
+        this loop: after a stillness of our own they are not to blame.
+        """
+        every_s, limit_s = self._options.heartbeat_s, self._options.lapse_s
+        turns = dict.fromkeys(self._keepers, 0)
+        while True:
+            await asyncio.sleep(every_s)
+            for keeper in self._keepers:
+                turns[keeper] = turns[keeper] + 1 if self._fell_silent(keeper) else 0
+                if turns[keeper] * every_s > limit_s:
+                    keeper.give_up(f"a process that stood still for {2 * limit_s:g} s")
+
+    def _fell_silent(self, keeper: Keeper) -> bool:
+        """Whether its present process was a member, was given up for its silence, and is none again."""
+        member = self.gateway.registry.get(keeper.name)
+        if member is None or member.is_live or member.down_s < keeper.began_s:
+            return False
+        return member.down_s - member.heard_s > self._options.lapse_s
 
     def _can_serve(self, workers: Iterable[str]) -> bool:
         """Whether one of these decodes, or others may join."""
