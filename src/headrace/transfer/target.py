@@ -32,9 +32,6 @@ from headrace.world import ConnectFailed, Connection, ConnectionLost, MemoryAgen
 
 CONNECT_TIMEOUT_S = 5.0
 
-READ_BYTES = 64 << 20
-"""Blocks are read together up to this size, or one by one above it: a read that is given up is waited for."""
-
 
 class Patience:
     """How long a pull waits for the next blocks: without limit, until the source has computed them all.
@@ -226,15 +223,12 @@ class _Pull:
         size, count = self._pool.block_bytes, len(shown.places)
         ours = [place * size for place in self._places[self._filled : self._filled + count]]
         theirs = [place * size for place in shown.places]
-        most = max(1, READ_BYTES // size)
-        for start in range(0, count, most):
-            here, there = ours[start : start + most], theirs[start : start + most]
-            limit_s = chunk_time_s(len(here) * size)
-            try:
-                async with asyncio.timeout(limit_s):
-                    await agent.read(self._ticket.memory, here, there, size)
-            except TimeoutError:
-                raise ReadFailed(f"{len(here) * size} bytes took longer than {limit_s:.0f} s") from None
+        limit_s = chunk_time_s(count * size)
+        try:
+            async with asyncio.timeout(limit_s):
+                await agent.read(self._ticket.memory, ours, theirs, size)
+        except TimeoutError:
+            raise ReadFailed(f"{count * size} bytes took longer than {limit_s:.0f} s") from None
         if checked:
             if not shown.checksums:
                 raise ReadFailed("its agent was lost")

@@ -36,6 +36,7 @@ from headrace.world.nixl_messages import (
     Read,
     Ready,
     Serve,
+    Stop,
     Sum,
     ToAgent,
     frame,
@@ -68,7 +69,7 @@ async def open_nixl(
     if sys.platform != "linux":
         raise AgentUnavailable(f"NIXL runs on Linux, and this is {sys.platform}")
     try:
-        environment = _environment(address)
+        environment = settings(address)
     except (OSError, ValueError) as error:
         raise AgentUnavailable(f"NIXL cannot use the interface of {address}: {error}") from error
     agent = NixlAgent((path, str(size)), environment, report)
@@ -80,12 +81,12 @@ async def open_nixl(
     return agent
 
 
-def _environment(address: str) -> dict[str, str]:
+def settings(address: str) -> dict[str, str]:
     """UCX's settings for an agent at `address`; what the user has set stays."""
     host, _ = split_host_port(address)
     interface = interface_of(host)
     devices = [interface] if interface == "lo" else [interface, *rdma_ports()]
-    settings = {
+    ours = {
         "UCX_NET_DEVICES": ",".join(devices),
         "UCX_TCP_AF_PRIO": "inet6,inet" if ":" in host else "inet,inet6",
         # Without their own sockets: they take no part where the death of a peer must be noticed.
@@ -96,7 +97,7 @@ def _environment(address: str) -> dict[str, str]:
         "NIXL_LOG_LEVEL": "ERROR",
         "OPENBLAS_NUM_THREADS": "1",  # numpy's, which NIXL imports and nobody uses here
     }
-    return settings | os.environ
+    return ours | os.environ
 
 
 class NixlAgent(MemoryAgent):
@@ -136,6 +137,7 @@ class NixlAgent(MemoryAgent):
         try:
             await asyncio.shield(done)
         except asyncio.CancelledError:
+            self._tell(Stop(number))
             await to_the_end(self._quiet(done))
             raise
         except _NotQuiet:

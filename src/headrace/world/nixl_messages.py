@@ -25,6 +25,12 @@ class Read(msgspec.Struct, frozen=True, tag=True):
     size: int
 
 
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Read no more of this order. It is answered by its `Done` when nothing of it moves."""
+
+    number: int
+
+
 class Serve(msgspec.Struct, frozen=True, tag=True):
     """Make progress with what peers read, from now on or no more."""
 
@@ -67,7 +73,7 @@ class Where(msgspec.Struct, frozen=True):
     size: int
 
 
-ToAgent = Read | Serve | Sum
+ToAgent = Read | Stop | Serve | Sum
 FromAgent = Ready | Done
 
 _encoder = msgspec.msgpack.Encoder()

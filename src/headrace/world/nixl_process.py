@@ -26,6 +26,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -40,6 +41,7 @@ from headrace.world.nixl_messages import (
     Read,
     Ready,
     Serve,
+    Stop,
     Sum,
     ToAgent,
     Where,
@@ -56,7 +58,25 @@ SHORTEST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 200e-6
 """Pauses between polls that move nothing."""
 
+TOGETHER_BYTES = 16 << 20
+"""So much is posted together, and a read can be stopped after it: over shared memory NIXL moves all that is
+posted before it returns."""
+
+Descriptor = tuple[int, int, int]
+"""Address, length and device, as NIXL has it."""
+
 _RECEIVE_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What is to be read for one order."""
+
+    peer: str
+    left: list[tuple[list[Descriptor], list[Descriptor]]]
+    """What is not posted yet, as (ours, theirs), the next last."""
+    handle: Any = None
+    """NIXL's, of what is posted."""
 
 
 class _Agent:
@@ -77,7 +97,7 @@ class _Agent:
         self._decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
         self._received = bytearray()
         self._peers: OrderedDict[bytes, tuple[str, Where]] = OrderedDict()
-        self._reads: dict[int, Any] = {}
+        self._reads: dict[int, _Reading] = {}
         self._serving = False
         self._pause_s = 0.0
 
@@ -115,32 +135,33 @@ class _Agent:
             case Sum():
                 self._say(Done(order.number, checksums=self._sums(order.offsets, order.size)))
             case Read():
-                self._read(order)
+                self._begin(order)
+            case Stop(number=number):
+                if number in self._reads:
+                    self._reads[number].left.clear()
 
     def _sums(self, offsets: Sequence[int], size: int) -> list[int]:
         memory = self._memory.buffer
         return [_native.crc32c(memory[offset : offset + size]) for offset in offsets]
 
-    def _read(self, order: Read) -> None:
-        posted = False
+    def _begin(self, order: Read) -> None:
+        """Take a read on; `_poll` reads."""
         try:
-            handle = self._prepare(order)
-            posted = True
-            self._tell(order.number, handle, self._agent.transfer(handle))
+            name, where = self._peer(order.peer)
+            for offsets, limit in ((order.ours, self._memory.nbytes), (order.theirs, where.size)):
+                if min(offsets) < 0 or max(offsets) + order.size > limit:
+                    raise ValueError(f"{order.size} bytes are asked for outside of a memory of {limit}")
         except Exception as error:  # NIXL's are many, and whoever asked is told
-            self._say(Done(order.number, error=_in_words(error), quiet=not posted))
-
-    def _prepare(self, order: Read) -> Any:
-        """The transfer's handle. Raises ValueError, and NIXL's errors."""
-        name, where = self._peer(order.peer)
-        size = order.size
-        for offsets, limit in ((order.ours, self._memory.nbytes), (order.theirs, where.size)):
-            if min(offsets) < 0 or max(offsets) + size > limit:
-                raise ValueError(f"pieces of {size} bytes are asked for outside of a memory of {limit}")
-        ours = [(self._base + offset, size, 0) for offset in order.ours]
-        theirs = [(where.base + offset, size, 0) for offset in order.theirs]
-        descriptors = (self._agent.get_xfer_descs(each, mem_type="DRAM") for each in (ours, theirs))
-        return self._agent.initialize_xfer("READ", *descriptors, name, backends=["UCX"])
+            self._say(Done(order.number, error=_in_words(error), quiet=True))
+            return
+        ours = [(self._base + offset, order.size, 0) for offset in order.ours]
+        theirs = [(where.base + offset, order.size, 0) for offset in order.theirs]
+        together = max(1, TOGETHER_BYTES // order.size)
+        left = [
+            (ours[start : start + together], theirs[start : start + together])
+            for start in range(0, len(ours), together)
+        ]
+        self._reads[order.number] = _Reading(name, left[::-1])
 
     def _peer(self, address: bytes) -> tuple[str, Where]:
         """A peer by its address; a new one is met."""
@@ -162,28 +183,40 @@ class _Agent:
         """Let the transport move what it can, and see what is over."""
         began_s = time.perf_counter()
         self._agent.get_new_notifs()
-        for number, handle in list(self._reads.items()):
+        for number, reading in list(self._reads.items()):
+            posted = reading.handle is not None
             try:
-                self._tell(number, handle, self._agent.check_xfer_state(handle))
+                over = self._advance(reading)
             except Exception as error:
+                posted = posted or reading.handle is not None
                 del self._reads[number]
-                self._say(Done(number, error=_in_words(error)))
+                self._say(Done(number, error=_in_words(error), quiet=not posted))
+            else:
+                if over:
+                    del self._reads[number]
+                    self._say(Done(number))
         if time.perf_counter() - began_s > BUSY_S:
             self._pause_s = 0.0
         else:
             self._pause_s = min(max(2 * self._pause_s, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
-    def _tell(self, number: int, handle: Any, state: str) -> None:
-        """Take note of how a read stands."""
+    def _advance(self, reading: _Reading) -> bool:
+        """See how a read stands, and post more of it; returns whether it is over. Raises NIXL's errors."""
+        if reading.handle is None:
+            if not reading.left:
+                return True
+            descriptors = (self._agent.get_xfer_descs(each, mem_type="DRAM") for each in reading.left.pop())
+            reading.handle = self._agent.initialize_xfer("READ", *descriptors, reading.peer, backends=["UCX"])
+            state = self._agent.transfer(reading.handle)
+        else:
+            state = self._agent.check_xfer_state(reading.handle)
         if state == "PROC":
-            self._reads[number] = handle
-            return
-        self._reads.pop(number, None)
-        if state == "DONE":
-            self._agent.release_xfer_handle(handle)
-            self._say(Done(number))
-        else:  # its handle is not touched again: nobody knows what still moves
-            self._say(Done(number, error=f"the transfer's state is {state}"))
+            return False
+        if state != "DONE":  # its handle is not touched again: nobody knows what still moves
+            raise RuntimeError(f"the transfer's state is {state}")
+        self._agent.release_xfer_handle(reading.handle)
+        reading.handle = None
+        return not reading.left
 
     def _say(self, message: FromAgent) -> None:
         self._sock.sendall(frame(message))
