@@ -12,6 +12,7 @@ from headrace.protocol.messages import Role
 from headrace.sim.cost import StepCost, device, model, rates_of
 from headrace.sim.fleet import PLANNED, FleetOptions, simulate
 from headrace.sim.fleet_result import FleetResult, Served, WorkerUse
+from headrace.sim.ideal_cache import IdealCache
 from headrace.sim.trace import Arrival, Piece, Sessions
 
 COST = StepCost(model("llama-8b"), rates_of(device("h100")))
@@ -99,6 +100,38 @@ def test_workers_of_both_roles_need_no_transfers() -> None:
     assert kept.offloaded == 0
 
 
+def test_an_ideal_cache_spares_what_any_worker_has_computed() -> None:
+    # Four workers that do both take these in turn; the second halves are their own.
+    prompts = [Arrival(f"r{i}", 2.0 * i, (Piece(1, 4096), Piece(10 + i, 4096)), 2) for i in range(4)]
+    together = replace(FLEET, prefill=0, decode=0, both=4)
+    alone = simulate(prompts, together)
+    shared = simulate(prompts, replace(together, ideal_cache=True))
+    assert shared.requests[0].ttft_s == pytest.approx(alone.requests[0].ttft_s)
+    half_s = COST.prefill_seconds(4096, 4096, FLEET.max_num_batched_tokens)
+    for one in shared.requests[1:]:
+        assert one.ttft_s == pytest.approx(half_s, abs=2e-3)
+    spared = sum(use.spared_tokens for use in shared.workers.values())
+    cached = sum(one.cached_tokens for one in shared.requests)
+    assert spared + cached == 3 * 4096  # by the one cache or by a worker's own
+
+
+def test_an_ideal_cache_has_a_size() -> None:
+    cache = IdealCache(4, 2)
+    names = cache.names([1, 2, 3, 4, 5])
+    assert len(names) == 2
+    assert cache.names([1, 2, 3, 4, 5, 6, 7], names)[:2] == names
+    cache.add(names)
+    assert cache.known(cache.names([1, 2, 3, 4, 9, 9])) == 4
+    assert cache.known(cache.names([9, 2, 3, 4])) == 0
+    cache.add(cache.names([8, 8, 7, 7]))
+    assert cache.known(names[:1]) == 2  # and so it was used after those of the other sequence
+    cache.add(cache.names([6, 6]))
+    assert len(cache) == 4
+    assert cache.known(names) == 2
+    with pytest.raises(ValueError, match="at least one block"):
+        IdealCache(0, 2)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="no worker decodes"):
         FleetOptions(cost=COST, prefill=3)
@@ -115,7 +148,7 @@ def test_figures_of_a_result_by_hand() -> None:
         Served("c", 2.0, 100, "length", 11, 100, 2.0, 2.5, "d"),  # late
         Served("d", 3.0, 100, "overloaded"),
     ]
-    use = WorkerUse(Role.DECODE, 2.0, 10, 100, 0.0, 0, 0, 0)
+    use = WorkerUse(Role.DECODE, 2.0, 10, 100, 0, 0.0, 0, 0, 0)
     figures = FleetResult(tuple(served), {"d": use}, 8.0, "", 0.0)
     assert figures.span_s == 4.0  # four requests with gaps of a second
     assert figures.goodput(1.0, 0.1) == pytest.approx(2 / 4)

@@ -23,6 +23,7 @@ from headrace.sim.cluster import SimCluster
 from headrace.sim.cost import StepCost
 from headrace.sim.fleet_result import FleetResult, Served, WorkerUse
 from headrace.sim.flows import Adapters
+from headrace.sim.ideal_cache import IdealCache
 from headrace.sim.loop import VirtualLoop
 from headrace.sim.modelled_executor import ModelledExecutor, ModelledShape
 from headrace.sim.network import Wiring
@@ -66,6 +67,8 @@ class FleetOptions:
     waits up to so many steps. 1 is exact."""
     nic_bytes_per_s: float = 45e9
     """Of each worker, in each direction, for KV blocks."""
+    ideal_cache: bool = False
+    """Whether all workers have one cache, of the size of all of theirs, beside their own."""
     gateway: GatewayOptions = PLANNED
     seed: int = 0
 
@@ -82,8 +85,11 @@ class FleetOptions:
         return {f"{role}{i}": role for role, count in counts.items() for i in range(count)}
 
     def shape(self) -> ModelledShape:
-        """What each of its engines is like."""
+        """What each of its engines is like; those of one cluster have one shape."""
+        blocks = self.cache_tokens // self.block_size
+        workers = self.prefill + self.decode + self.both
         return ModelledShape(
+            ideal=IdealCache(workers * blocks, self.block_size) if self.ideal_cache else None,
             cost=self.cost,
             stride=self.stride,
             max_model_len=self.max_model_len,
@@ -91,7 +97,7 @@ class FleetOptions:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
             max_waiting=100_000,
-            num_blocks=self.cache_tokens // self.block_size,
+            num_blocks=blocks,
             block_size=self.block_size,
         )
 
@@ -217,6 +223,7 @@ class Fleet:
                 busy_s=executor.busy_s,
                 steps=executor.steps,
                 tokens=executor.tokens,
+                spared_tokens=executor.spared_tokens,
                 sent_bytes=self.adapters.carried_bytes[name],
                 preemptions=counters.preemptions,
                 prefix_queries=counters.prefix_queries,
@@ -243,7 +250,7 @@ def simulate(
 
     def wiring(loop: VirtualLoop) -> Wiring:
         wired.append(Adapters(loop, options.nic_bytes_per_s))
-        return planned_wiring(wired[0], options.shape().kv_block_bytes)
+        return planned_wiring(wired[0], options.cost.shape.kv_bytes * options.block_size)
 
     async def main(simulation: Simulation) -> tuple[Fleet, float, dict[str, WorkerUse]]:
         fleet = Fleet(simulation, options, wired[0], _Endings())
