@@ -74,6 +74,6 @@ def member(
     info = engine_info(block_names=BlockNames(b"fp", 0, hasher.key_check), **engine)
     worker = WorkerInfo(worker_id=name, generation=1, role=role, data_address="d:1", engine=info)
     made = Member(worker, cast(Channel[FromWorker], None), heard_s=0.0)
-    made.stats, made.told_s = step_stats(queued_tokens=queued), 0.0
+    made.told(step_stats(queued_tokens=queued), 0.0)
     made.open_samples = open_samples
     return made

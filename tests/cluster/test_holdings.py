@@ -6,6 +6,7 @@ import pytest
 from members import KEY, member
 
 from headrace.cluster.holdings import GUESS_AGE_S, Holdings, Prompt
+from headrace.cluster.placement import every
 from headrace.cluster.registry import Member
 from headrace.engine.identity import BlockHasher
 from headrace.protocol.messages import KVEvents, KVSnapshot
@@ -19,7 +20,7 @@ def names(tokens: list[int] = PROMPT, salt: str = "") -> list[bytes]:
 
 
 def cached(holdings: Holdings, *members: Member, now: float = 0.0, salt: str = "") -> list[float]:
-    return list(holdings.cached_tokens(Prompt(PROMPT, salt), members, now))
+    return list(holdings.cached_tokens(Prompt(PROMPT, salt), every(members).facts, now))
 
 
 def holdings() -> Holdings:
@@ -46,7 +47,7 @@ def test_the_last_token_is_always_computed() -> None:
     known, a = holdings(), member("a")
     known.joined(a)
     known.snapshot(a, KVSnapshot(1, names()))
-    assert list(known.cached_tokens(Prompt(PROMPT[:16], ""), [a], 0.0)) == [12]
+    assert list(known.cached_tokens(Prompt(PROMPT[:16], ""), every([a]).facts, 0.0)) == [12]
 
 
 @pytest.mark.parametrize("noticed_by", ["events", "heartbeat"])

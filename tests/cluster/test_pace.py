@@ -3,59 +3,54 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from members import member, step_stats
 
-from headrace.cluster.pace import FIRST_BASE_S, MEMORY, Pace
-from headrace.protocol.messages import EngineInfo, SequenceTimes, StepStats
+from headrace.cluster import prediction
+from headrace.cluster.facts import Fact
+from headrace.cluster.pace import FIRST_BASE_S, MEMORY
+from headrace.cluster.placement import every
+from headrace.protocol.messages import SequenceTimes, StepStats
 
 
-def engine(**fields: int) -> EngineInfo:
-    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 100, **fields}
-    return EngineInfo(
-        model="m",
-        revision="r",
-        numerics="n",
-        dtype="bfloat16",
-        batch_invariant=True,
-        max_model_len=1000,
-        vocab_size=100,
-        max_waiting=100,
-        block_size=16,
-        num_blocks=100,
-        block_bytes=10,
-        weight_bytes=10,
-        prefix_caching=True,
-        kv_layout="l",
-        threads=1,
-        pid=1,
-        **sizes,
-    )
+class Watched:
+    """One worker, and what is predicted for it."""
+
+    def __init__(self, **engine: Any) -> None:
+        self.member = member("w", **engine)
+        self.facts = every([self.member]).facts
+
+    def stepped(self, stats: StepStats, now: float) -> None:
+        self.member.told(stats, now)
+        self.facts[0] = self.member.facts
+
+    def ended(self, times: SequenceTimes) -> None:
+        self.member.pace.ended(times)
+        self.facts[0] = self.member.facts
+
+    def step_s(self, tokens: float, held: float) -> float:
+        return float(prediction.step_s(self.facts, tokens, held)[0])
+
+    def ttft_s(self, tokens: float, *, open_samples: int) -> float:
+        self.facts[0, Fact.OPEN_SAMPLES] = open_samples
+        return float(prediction.ttft_s(self.facts, np.array([tokens]))[0])
+
+    def tpot_s(self, context: float, *, ttft_s: float, open_samples: int) -> float:
+        self.facts[0, Fact.OPEN_SAMPLES] = open_samples
+        return float(prediction.tpot_s(self.facts, context, np.array([ttft_s]))[0])
+
+    def busy(self, now: float) -> float:
+        return float(prediction.busy(self.facts, now)[0])
 
 
 def step(tokens: int, held: int, step_s: float, *, running: int = 1, sampled: int = 0) -> StepStats:
-    return StepStats(
-        step=1,
-        tokens=tokens,
-        sampled=sampled,
-        rows=1,
-        step_s=step_s,
-        kernel_s=step_s,
-        running=running,
-        waiting=0,
-        blocks_free=0,
-        blocks_cached=0,
-        blocks_held=0,
-        blocks_leased=0,
-        blocks_quarantined=0,
-        held_tokens=held,
-        preemptions=0,
-        prefix_queries=0,
-        prefix_hits=0,
-        evictions=0,
+    return step_stats(
+        tokens=tokens, held_tokens=held, step_s=step_s, running=running, sampled=sampled, rows=1
     )
 
 
@@ -67,7 +62,7 @@ def step(tokens: int, held: int, step_s: float, *, running: int = 1, sampled: in
     seed=st.integers(0),
 )
 def test_the_law_behind_the_steps_is_found(base: float, per_token: float, per_held: float, seed: int) -> None:
-    chance, pace = random.Random(seed), Pace(engine())
+    chance, pace = random.Random(seed), Watched()
     for _ in range(400):
         tokens, held = chance.randrange(1, 2000), chance.randrange(0, 200_000)
         pace.stepped(step(tokens, held, base + per_token * tokens + per_held * held), 0.0)
@@ -78,20 +73,20 @@ def test_the_law_behind_the_steps_is_found(base: float, per_token: float, per_he
 
 def test_the_fit_is_that_of_weighted_least_squares() -> None:
     """Against NumPy's solver, on noise that no law explains."""
-    chance, pace = random.Random(1), Pace(engine())
+    chance, pace = random.Random(1), Watched()
     rows, seconds = [], []
-    for _ in range(64):
+    for _ in range(63):
         tokens, held = chance.randrange(1, 2000), chance.randrange(0, 200_000)
         rows.append((1.0, tokens, held))
         seconds.append(0.02 + 2e-5 * tokens + 1e-7 * held + chance.random() * 0.01)
         pace.stepped(step(tokens, held, seconds[-1]), 0.0)
-    weight = np.sqrt(MEMORY ** np.arange(63, -1, -1))
+    weight = np.sqrt(MEMORY ** np.arange(62, -1, -1))
     fit, *_ = np.linalg.lstsq(np.array(rows) * weight[:, None], np.array(seconds) * weight)
     assert pace.step_s(700, 90_000) == pytest.approx(float(fit @ [1, 700, 90_000]), rel=1e-3)
 
 
 def test_no_coefficient_is_negative_whatever_was_measured() -> None:
-    pace = Pace(engine())
+    pace = Watched()
     for tokens in range(1, 100):
         pace.stepped(step(tokens, 100_000 - 1000 * tokens, 0.02 - 1e-4 * tokens), 0.0)
     assert pace.step_s(10_000, 0) >= pace.step_s(1, 0) >= 0.0
@@ -99,14 +94,14 @@ def test_no_coefficient_is_negative_whatever_was_measured() -> None:
 
 
 def test_steps_of_one_kind_only_still_give_an_answer() -> None:
-    pace = Pace(engine())
+    pace = Watched()
     for _ in range(100):
         pace.stepped(step(4, 1000, 0.03), 0.0)
     assert pace.step_s(4, 1000) == pytest.approx(0.03, rel=0.01)
 
 
 def test_the_first_token_waits_for_full_steps_and_for_a_row() -> None:
-    pace = Pace(engine(max_num_seqs=2, max_num_batched_tokens=100))
+    pace = Watched(max_num_seqs=2, max_num_batched_tokens=100)
     for tokens in range(1, 200):
         pace.stepped(step(tokens % 100 + 1, 0, 0.01 + 1e-4 * (tokens % 100 + 1), running=0), 0.0)
     assert pace.ttft_s(100, open_samples=0) == pytest.approx(0.02, rel=0.02)
@@ -118,7 +113,7 @@ def test_the_first_token_waits_for_full_steps_and_for_a_row() -> None:
 
 
 def test_later_tokens_count_those_that_will_decode_then_not_those_that_decode_now() -> None:
-    pace = Pace(engine(max_num_seqs=64))
+    pace = Watched(max_num_seqs=64)
     for n in range(400):
         rows = n % 32 + 1
         pace.stepped(step(rows, 100 * rows, 0.01 + 1e-3 * rows, running=32, sampled=rows), 0.0)
@@ -131,7 +126,7 @@ def test_later_tokens_count_those_that_will_decode_then_not_those_that_decode_no
 
 
 def test_the_busy_share_fades() -> None:
-    pace, now = Pace(engine()), 0.0
+    pace, now = Watched(), 0.0
     for _ in range(2000):
         now += 0.1
         pace.stepped(step(1, 0, 0.05), now)
@@ -140,4 +135,4 @@ def test_the_busy_share_fades() -> None:
 
 
 def test_a_worker_that_has_done_nothing_is_taken_for_an_ordinary_one() -> None:
-    assert Pace(engine()).ttft_s(1, open_samples=0) == pytest.approx(FIRST_BASE_S, rel=0.1)
+    assert Watched().ttft_s(1, open_samples=0) == pytest.approx(FIRST_BASE_S, rel=0.1)

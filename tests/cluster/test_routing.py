@@ -14,6 +14,7 @@ from members import KEY, member, step_stats
 
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.options import RoutingOptions
+from headrace.cluster.placement import every
 from headrace.cluster.registry import Member
 from headrace.cluster.routing import Candidates, Decision, Policy, Router, Terms, Wish
 from headrace.cluster.routing.policies import POLICIES
@@ -44,7 +45,7 @@ class House:
 
     def choose(self, session: str = "") -> Decision:
         chosen, decision = self.router.choose(
-            self.members, wish(session), Prompt(PROMPT, ""), purpose="decode", now=1.0
+            every(self.members), wish(session), Prompt(PROMPT, ""), purpose="decode", now=1.0
         )
         assert chosen.worker_id == decision.worker
         return decision
@@ -63,14 +64,14 @@ def test_until_the_queue_there_costs_more_than_computing_it_elsewhere(queued: in
 
 def test_prompts_on_their_way_count_as_queued() -> None:
     a, b = member("a"), member("b")
-    a.unseen["one"] = 500.0
+    a.expect("one", 500)
     assert House(a, b).choose().worker == "b"
 
 
 def test_what_decodes_already_counts_as_well() -> None:
     assert House(member("a", open_samples=4), member("b", open_samples=3)).choose().worker == "b"
     full = member("a")
-    full.stats = step_stats(blocks_held=900)
+    full.told(step_stats(blocks_held=900), 0.0)
     assert House(full, member("b")).choose().worker == "b"
 
 
@@ -85,9 +86,9 @@ def test_a_popular_prefix_spreads_when_its_holder_is_busier_than_the_others() ->
     def house(**options: Any) -> House:
         busy, *others = member("a"), member("b"), member("c")
         for _ in range(100):
-            busy.pace.stepped(step_stats(rows=1, tokens=1, step_s=0.05), 1.0)
+            busy.told(step_stats(rows=1, tokens=1, step_s=0.05), 1.0)
         for other in others:
-            other.pace.stepped(step_stats(rows=1, tokens=1, step_s=0.5), 1.0)
+            other.told(step_stats(rows=1, tokens=1, step_s=0.5), 1.0)
         return House(busy, *others, holds={"a": 400}, **options)
 
     assert house().choose().worker in ("b", "c")
@@ -158,10 +159,10 @@ def test_a_session_stays_and_when_a_worker_leaves_only_its_own_sessions_move(
 def measured(name: str, tokens_per_s: float, queued: int = 0) -> Member:
     made = member(name, queued=queued)
     for tokens in range(1, 200):
-        made.pace.stepped(
+        made.told(
             step_stats(rows=1, tokens=tokens, sampled=tokens, step_s=0.001 + tokens / tokens_per_s), 0.5
         )
-    made.stats = step_stats(queued_tokens=queued)
+    made.told(step_stats(queued_tokens=queued), 0.0)
     return made
 
 

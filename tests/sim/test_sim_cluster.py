@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from headrace.cluster.facts import Fact
 from headrace.cluster.holdings import Prompt
 from headrace.cluster.options import GatewayOptions, SplitPolicy
+from headrace.cluster.placement import every
 from headrace.cluster.registry import Member
 from headrace.cluster.stream import OutputStream
 from headrace.protocol.messages import FromGateway, KVWanted, Role
@@ -187,14 +189,14 @@ def test_a_gateway_knows_what_each_prefix_cache_holds(roles: str) -> None:
             assert member is not None
             assert member.stats is not None
             assert holdings.is_exact(member)
-            assert member.queued_tokens == 0
+            assert member.facts[Fact.QUEUED] == member.facts[Fact.UNSEEN] == 0
             evicted += member.stats.evictions
             for number in range(30):
                 prompt = request(f"shared {number % 4}", length=40).prompt + request(f"own {number}").prompt
                 chain = cache.hasher.chain(cache.root("shared:"), prompt[:-1])
                 there = [cache.pool.find(identity + b"\0\0") is not None for identity in chain]
                 leading = there.index(False) if False in there else len(there)
-                known = holdings.cached_tokens(Prompt(prompt, "shared:"), [member], 0.0)
+                known = holdings.cached_tokens(Prompt(prompt, "shared:"), every([member]).facts, 0.0)
                 assert known[0] == leading * cache.block_size
         assert evicted > 0
 
@@ -229,7 +231,8 @@ def test_a_gateway_that_reads_too_slowly_misses_events_and_asks_for_all_of_it() 
         member = cluster.gateway.registry.get("b")
         assert member is not None
         assert dispatch._holdings.is_exact(member)
-        assert dispatch._holdings.cached_tokens(Prompt(r.prompt, "shared:"), [member], 0.0)[0] == 56
+        known = dispatch._holdings.cached_tokens(Prompt(r.prompt, "shared:"), every([member]).facts, 0.0)
+        assert known[0] == 56
         assert asked == ["b"]
 
     in_cluster({"b": B}, body)

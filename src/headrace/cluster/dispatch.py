@@ -14,7 +14,7 @@ import msgspec
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.ledger import Accepted, Ledger, Leg, Stage
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import may_split, possible_homes, possible_prefills
+from headrace.cluster.placement import Possible, may_split, possible_homes, possible_prefills
 from headrace.cluster.registry import Member, Registry
 from headrace.cluster.routing import Router, Wish
 from headrace.engine.intake import shared_salt
@@ -87,12 +87,11 @@ class Dispatch:
     def heard_step(self, member: Member, message: Outputs, now: float) -> None:
         """A worker's numbers are others."""
         for name in message.taken:
-            member.unseen.pop(name, None)
+            member.has_seen(name)
         for times in message.times:
             member.pace.ended(times)
         if (stats := message.stats) is not None:
-            member.stats, member.told_s = stats, now
-            member.pace.stepped(stats, now)
+            member.told(stats, now)
             if stats.running + stats.waiting < member.most_samples:
                 self._desk.has_room(member)
 
@@ -118,7 +117,7 @@ class Dispatch:
         accepted.home = self._ledger.open_leg(accepted, name, home)
         home.open_samples += len(samples)
         if not split:
-            home.unseen[name] = uncached
+            home.expect(name, uncached)
         self._holdings.sent(home, accepted.prompt, self._world.now())
         self._desk.post(
             home,
@@ -134,7 +133,7 @@ class Dispatch:
         )
         return True
 
-    def possible_prefills(self, home: Member) -> list[Member]:
+    def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
         return possible_prefills(self._registry.live(), home, self._options.split)
 
@@ -146,14 +145,14 @@ class Dispatch:
         member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
         leg = self._ledger.open_leg(accepted, f"{home.name}/p", member)
         member.exports += 1
-        member.unseen[leg.name] = uncached  # until its engine says so itself
+        member.expect(leg.name, uncached)
         self._holdings.sent(member, accepted.prompt, self._world.now())
         request = msgspec.structs.replace(accepted.request, request_id=leg.name)
         self._desk.post(member, Submit(request, leg=LegKind.EXPORT))
         return leg
 
     def _choose(
-        self, accepted: Accepted, prompt: Prompt, possible: list[Member], purpose: str
+        self, accepted: Accepted, prompt: Prompt, possible: Possible, purpose: str
     ) -> tuple[Member, int]:
         """A worker, and how many tokens of the prompt it has to compute."""
         wish = Wish.of(accepted.request, len(prompt.tokens), len(accepted.samples))

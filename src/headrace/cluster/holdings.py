@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headrace.cluster.approximate_holdings import ApproximateHoldings
+from headrace.cluster.facts import Column, Fact, Table
 from headrace.cluster.kv_index import KVIndex
 from headrace.cluster.registry import Member
 from headrace.engine.identity import BlockHasher
@@ -66,7 +66,8 @@ class Holdings:
         self._index = KVIndex()
         self._guesses = ApproximateHoldings(self._index, max_age_s=GUESS_AGE_S)
         self._known: dict[str, _Known] = {}
-        self._hashers: dict[tuple[bytes, bytes, int], BlockHasher] = {}
+        self._hashers: list[BlockHasher] = []
+        self._numbers: dict[tuple[bytes, bytes, int], int] = {}
 
     def joined(self, member: Member) -> bool:
         """A member is there, with a cache that is not known; returns whether it is to be asked for it."""
@@ -75,12 +76,14 @@ class Holdings:
         if not engine.prefix_caching:
             return False
         is_told, names = False, engine.block_names
-        hasher = self._hasher(self._guess_key, b"", engine.block_size)
+        number = self._number(self._guess_key, b"", engine.block_size)
         if names is not None and self._key:
-            told = self._hasher(self._key, names.fingerprint, engine.block_size)
-            if told.key_check == names.key_check:
-                hasher, is_told = told, True
-        self._known[name] = _Known(self._index.add_member(name), hasher, is_told)
+            told = self._number(self._key, names.fingerprint, engine.block_size)
+            if self._hashers[told].key_check == names.key_check:
+                number, is_told = told, True
+        known = _Known(self._index.add_member(name), self._hashers[number], is_told)
+        self._known[name] = known
+        member.facts[Fact.CACHE], member.facts[Fact.HASHER] = known.slot, number
         return is_told
 
     def lost(self, member: Member) -> None:
@@ -89,6 +92,7 @@ class Holdings:
         if known is not None:
             self._guesses.forget(known.slot)
             self._index.remove_member(member.worker_id)
+            member.facts[Fact.CACHE] = -1
 
     def snapshot(self, member: Member, snapshot: KVSnapshot) -> None:
         """Everything that a member has."""
@@ -125,25 +129,28 @@ class Holdings:
             chain, most = prompt.chain(known.hasher), member.info.engine.num_blocks
             self._guesses.sent(known.slot, chain, now, max_blocks=most)
 
-    def cached_tokens(self, prompt: Prompt, members: Sequence[Member], now: float) -> NDArray[np.float64]:
+    def cached_tokens(self, prompt: Prompt, facts: Table, now: float) -> Column:
         """Leading tokens of the prompt that each member holds, as far as is known: [members]."""
         self._guesses.expire(now)
-        known = [self._known.get(member.worker_id) for member in members]
-        found = np.zeros(len(members))
-        for hasher in dict.fromkeys([one.hasher for one in known if one is not None]):
-            tokens = (self._index.match(prompt.chain(hasher)) * hasher.block_size).tolist()
-            for i, one in enumerate(known):
-                if one is not None and one.hasher is hasher:
-                    found[i] = tokens[one.slot]
-        return found
+        slots = facts[:, Fact.CACHE].astype(np.int64)
+        number = facts[:, Fact.HASHER]
+        tokens = np.zeros(len(slots))
+        for one in set(number[slots >= 0].tolist()):
+            hasher = self._hashers[int(one)]
+            mine = (slots >= 0) & (number == one)
+            blocks = self._index.match(prompt.chain(hasher))
+            tokens[mine] = blocks[slots[mine]] * hasher.block_size
+        return tokens
 
     def is_exact(self, member: Member) -> bool:
         """Whether what is said of a member's cache comes from the member, and is complete."""
         known = self._known.get(member.worker_id)
         return known is not None and known.number is not None
 
-    def _hasher(self, key: bytes, fingerprint: bytes, block_size: int) -> BlockHasher:
+    def _number(self, key: bytes, fingerprint: bytes, block_size: int) -> int:
+        """Of the hasher that names blocks like this."""
         name = (key, fingerprint, block_size)
-        if name not in self._hashers:
-            self._hashers[name] = BlockHasher(key, fingerprint, block_size)
-        return self._hashers[name]
+        if name not in self._numbers:
+            self._numbers[name] = len(self._hashers)
+            self._hashers.append(BlockHasher(key, fingerprint, block_size))
+        return self._numbers[name]

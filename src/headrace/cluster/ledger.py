@@ -139,5 +139,5 @@ class Ledger:
     def close_leg(self, leg: Leg) -> None:
         """Nothing that the worker may still say of this attempt counts."""
         leg.member.legs.discard(leg.name)
-        leg.member.unseen.pop(leg.name, None)
+        leg.member.has_seen(leg.name)
         del self._legs[leg.name]

@@ -1,6 +1,7 @@
 """How fast one worker is: a step's time, fitted to the steps that it reports, and what follows from it.
 
-In: each step's numbers, and how long sequences decoded. Out: predicted TTFT and TPOT. The model is
+In: each step's numbers, and how long sequences decoded. Out: coefficients, among the worker's facts, from
+which `prediction.py` predicts. The model is
 
     step_s = base + per_token * tokens + per_held * (positions in the KV cache)
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import math
 
-from headrace.protocol.messages import EngineInfo, SequenceTimes, StepStats
+from headrace.cluster.facts import Fact, Row
+from headrace.protocol.messages import SequenceTimes, StepStats
 
 MEMORY = 0.995
 """What a step's weight is multiplied by with each later one: about the last 200 count."""
@@ -32,89 +34,42 @@ _RIDGE = 1e-3
 
 
 class Pace:
-    """One worker's, for one life of its engine."""
+    """One worker's, for one life of its engine; what it finds is in the worker's row of facts."""
 
-    def __init__(self, engine: EngineInfo) -> None:
-        self._budget = engine.max_num_batched_tokens
-        self._rows = engine.max_num_seqs
+    def __init__(self, facts: Row) -> None:
+        self._facts = facts
         self._sums = [0.0] * 9
         """Of 1, t, h, tt, th, hh, s, st, sh over the steps, with t tokens, h held, s seconds."""
         self._unsettled = 0
-        self._fit = (FIRST_BASE_S, FIRST_TOKEN_S, 0.0)
-        self._running = 0
-        self._waiting = 0
-        self._held = 0
-        self._prefilled = 0.0
-        self._decode_s = FIRST_DECODE_S
-        self._busy = 0.0
-        self._busy_at_s = 0.0
+        self._steps = 0
+        self._tell((FIRST_BASE_S, FIRST_TOKEN_S, 0.0))
+        facts[Fact.DECODE_S] = FIRST_DECODE_S
 
     def stepped(self, stats: StepStats, now: float) -> None:
-        """Take in a step, or what changed without one."""
-        self._running, self._waiting, self._held = stats.running, stats.waiting, stats.held_tokens
+        """Take in a step."""
         if not stats.rows:
             return
-        self._busy = self.busy(now) + stats.step_s / BUSY_S
-        self._busy_at_s = now
-        self._prefilled += 0.05 * (stats.tokens - stats.sampled - self._prefilled)
+        facts = self._facts
+        faded = math.exp(-max(0.0, now - float(facts[Fact.BUSY_AT_S])) / BUSY_S)
+        facts[Fact.BUSY] = facts[Fact.BUSY] * faded + stats.step_s / BUSY_S
+        facts[Fact.BUSY_AT_S] = now
+        facts[Fact.PREFILLED] += 0.05 * (stats.tokens - stats.sampled - facts[Fact.PREFILLED])
         t, h, s = stats.tokens / _TOKENS, stats.held_tokens / _HELD, stats.step_s
-        keep = MEMORY
-        self._sums = [
-            keep * old + new
-            for old, new in zip(self._sums, (1.0, t, h, t * t, t * h, h * h, s, s * t, s * h), strict=True)
-        ]
+        new = (1.0, t, h, t * t, t * h, h * h, s, s * t, s * h)
+        self._sums = [MEMORY * old + one for old, one in zip(self._sums, new, strict=True)]
+        self._steps += 1
         self._unsettled += 1
+        if self._unsettled >= SETTLE_STEPS or self._steps < SETTLE_STEPS:
+            self._unsettled = 0
+            self._tell(_solve(self._sums))
 
     def ended(self, times: SequenceTimes) -> None:
         """A sequence has ended there."""
         if times.decode_s is not None:
-            self._decode_s += 0.05 * (times.decode_s - self._decode_s)
+            self._facts[Fact.DECODE_S] += 0.05 * (times.decode_s - self._facts[Fact.DECODE_S])
 
-    def busy(self, now: float) -> float:
-        """The share of its time, lately, that it spent in steps."""
-        return self._busy * math.exp(-max(0.0, now - self._busy_at_s) / BUSY_S)
-
-    def step_s(self, tokens: float, held: float) -> float:
-        """A step's time."""
-        base, per_token, per_held = self._settled()
-        return base + per_token * tokens + per_held * held
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """In full steps, beside what decodes now."""
-        return self._room / self.step_s(self._budget, self._held)
-
-    def ttft_s(self, tokens: float, open_samples: int) -> float:
-        """Until so many tokens, queued ones and a request's own, are computed, and the request has a row.
-
-        `open_samples` there, those on their way included.
-        """
-        steps = math.ceil(tokens / self._room)
-        beside = min(self._running, self._budget - 1)
-        base, per_token, per_held = self._settled()
-        computing_s = steps * (base + per_held * self._held + per_token * beside) + per_token * tokens
-        over = open_samples + 1 - self._rows
-        return computing_s + (over / self._rows * self._decode_s if over > 0 else 0.0)
-
-    def tpot_s(self, context_tokens: float, ttft_s: float, open_samples: int) -> float:
-        """A step's time once a request decodes there after `ttft_s`: some that run now will have ended by
-        then, and those that wait now will run."""
-        staying = self._running * math.exp(-ttft_s / max(self._decode_s, 1e-3))
-        coming = max(0, open_samples - self._running)
-        others = min(float(self._rows - 1), staying + coming)
-        each = self._held / self._running if self._running else context_tokens
-        return self.step_s(others + 1 + self._prefilled, others * each + context_tokens)
-
-    @property
-    def _room(self) -> int:
-        """Tokens of a step that are left for prompts."""
-        return max(1, self._budget - self._running)
-
-    def _settled(self) -> tuple[float, float, float]:
-        if self._unsettled >= SETTLE_STEPS or (self._unsettled and self._sums[0] < SETTLE_STEPS):
-            self._unsettled = 0
-            self._fit = _solve(self._sums)
-        return self._fit
+    def _tell(self, fit: tuple[float, float, float]) -> None:
+        self._facts[Fact.BASE_S : Fact.PER_HELD_S + 1] = fit
 
 
 def _solve(sums: list[float]) -> tuple[float, float, float]:

@@ -6,37 +6,69 @@ Among those that may, the router chooses.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.cluster.facts import Fact, Table, table_of
 from headrace.cluster.options import SplitPolicy
-from headrace.cluster.registry import Member, MemberState
+from headrace.cluster.registry import SUSPECT, UP, Member
 from headrace.protocol.requests import GenerateRequest
 
 
-def possible_homes(members: Iterable[Member], samples: int) -> list[Member]:
+@dataclass(frozen=True, slots=True)
+class Possible:
+    """Members, and what is known of them: [members, facts]."""
+
+    members: list[Member]
+    facts: Table
+
+    def __bool__(self) -> bool:
+        return bool(self.members)
+
+    def those(self, mask: NDArray[np.bool_]) -> Possible:
+        """Those for which it is true."""
+        if mask.all():
+            return self
+        return Possible([self.members[i] for i in np.flatnonzero(mask).tolist()], self.facts[mask])
+
+
+def every(members: Iterable[Member]) -> Possible:
+    """All of these."""
+    listed = list(members)
+    return Possible(listed, table_of([member.facts for member in listed]))
+
+
+def possible_homes(members: Iterable[Member], samples: int) -> Possible:
     """Workers that decode and have room; suspect ones only where there are no others."""
-    fit = [m for m in members if m.info.role.decodes and m.takes_more and m.room >= samples]
-    return [m for m in fit if m.state is not MemberState.SUSPECT] or fit
+    all_of_them = every(members)
+    facts = all_of_them.facts
+    fit = facts[:, Fact.MOST_SAMPLES] - facts[:, Fact.OPEN_SAMPLES] >= samples
+    fit &= (facts[:, Fact.IS_FULL] == 0) & (facts[:, Fact.DECODES] != 0)
+    up = fit & (facts[:, Fact.STATE] == UP)
+    return all_of_them.those(up if up.any() else fit & (facts[:, Fact.STATE] == SUSPECT))
 
 
-def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPolicy) -> list[Member]:
+def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPolicy) -> Possible:
     """Workers that may prefill for `home`, those of role prefill first.
 
     Workers of role both help a worker that only decodes.
     """
-    fit = [
-        m
-        for m in members
-        if m is not home
-        and m.info.role.prefills_for_others
-        and m.info.transfers
-        and m.state is MemberState.UP
-        and m.exports < policy.prefill_queue_max
-        and m.room > 0
-    ]
-    dedicated = [m for m in fit if not m.info.role.decodes]
-    if not dedicated and home.info.role.prefills_for_others:
-        return []
-    return dedicated or fit
+    others = every(member for member in members if member is not home)
+    facts = others.facts
+    fit = (
+        (facts[:, Fact.PREFILLS] != 0)
+        & (facts[:, Fact.TRANSFERS] != 0)
+        & (facts[:, Fact.STATE] == UP)
+        & (facts[:, Fact.EXPORTS] < policy.prefill_queue_max)
+        & (facts[:, Fact.IS_FULL] == 0)
+        & (facts[:, Fact.MOST_SAMPLES] > facts[:, Fact.OPEN_SAMPLES])
+    )
+    dedicated = fit & (facts[:, Fact.DECODES] == 0)
+    if dedicated.any():
+        return others.those(dedicated)
+    return others.those(fit & (not home.info.role.prefills_for_others))
 
 
 def may_split(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> bool:

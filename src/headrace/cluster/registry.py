@@ -11,10 +11,9 @@ DOWN     | connection lost, silence of `lapse_s`, its goodbye   | no; known for 
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
+from headrace.cluster.facts import Fact, new_row
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
@@ -41,51 +40,82 @@ class UnfitNow(Unfit):
     """A worker that may be part of it in a while, when what it does not fit to is gone."""
 
 
-@dataclass(slots=True, eq=False)
+_NUMBERS = {state: float(number) for number, state in enumerate(MemberState)}
+UP, SUSPECT = _NUMBERS[MemberState.UP], _NUMBERS[MemberState.SUSPECT]
+"""What states are among a member's facts."""
+
+
+class _Fact:
+    """An integer of a member that is kept in its row of facts."""
+
+    def __init__(self, fact: Fact) -> None:
+        self._fact = fact
+
+    def __get__(self, member: Member, owner: type[Member]) -> int:
+        return int(member.facts[self._fact])
+
+    def __set__(self, member: Member, value: int) -> None:
+        member.facts[self._fact] = value
+
+
 class Member:
     """One registered worker, for one life of its engine."""
 
-    info: WorkerInfo
-    channel: Channel[FromWorker]
-    heard_s: float
-    state: MemberState = MemberState.UP
-    why_down: str = ""
-    down_s: float = 0.0
-    step: int = 0
-    engine_silent_s: float = 0.0
-    stats: StepStats | None = None
-    told_s: float = -math.inf
-    """When it said this."""
-    pace: Pace = field(init=False)
-    unseen: dict[str, float] = field(default_factory=dict)
-    """Prompt tokens of attempts that are on their way to its engine, and in none of its numbers."""
-    legs: set[str] = field(default_factory=set)
-    """Attempts that run there, exports included."""
-    open_samples: int = 0
-    """Samples of these that have not ended."""
-    exports: int = 0
+    open_samples = _Fact(Fact.OPEN_SAMPLES)
+    """Samples of its legs that have not ended."""
+    exports = _Fact(Fact.EXPORTS)
     """Prompts that it is to prefill for others."""
-    is_full: bool = False
+    is_full = _Fact(Fact.IS_FULL)
     """Whether it gave a request back for want of room, and has none by what it said since."""
 
-    def __post_init__(self) -> None:
-        self.pace = Pace(self.info.engine)
+    def __init__(self, info: WorkerInfo, channel: Channel[FromWorker], heard_s: float) -> None:
+        engine, role = info.engine, info.role
+        self.info = info
+        self.worker_id = info.worker_id
+        self.channel = channel
+        self.heard_s = heard_s
+        self.why_down = ""
+        self.down_s = 0.0
+        self.step = 0
+        self.engine_silent_s = 0.0
+        self.stats: StepStats | None = None
+        self.legs: set[str] = set()
+        """Attempts that run there, exports included."""
+        self.facts = new_row()
+        self.pace = Pace(self.facts)
+        self._unseen: dict[str, int] = {}
+        facts = self.facts
+        facts[Fact.DECODES], facts[Fact.PREFILLS] = role.decodes, role.prefills_for_others
+        facts[Fact.TRANSFERS] = info.transfers
+        facts[Fact.MOST_SAMPLES], facts[Fact.ROWS] = self.most_samples, engine.max_num_seqs
+        facts[Fact.BUDGET] = engine.max_num_batched_tokens
+        self.state = MemberState.UP
 
     @property
-    def worker_id(self) -> str:
-        return self.info.worker_id
+    def state(self) -> MemberState:
+        return self._state
 
-    @property
-    def queued_tokens(self) -> float:
-        """Prompt tokens that it has still to compute, those on their way included."""
-        told = self.stats.queued_tokens if self.stats is not None else 0
-        return told + sum(self.unseen.values()) if self.unseen else told
+    @state.setter
+    def state(self, state: MemberState) -> None:
+        self._state = state
+        self.facts[Fact.STATE] = _NUMBERS[state]
 
-    @property
-    def decode_load(self) -> float:
-        """Share of its rows, or of its KV blocks, that are in use, whichever is scarcer."""
-        held = self.stats.blocks_held / self.info.engine.num_blocks if self.stats is not None else 0.0
-        return max(self.load, held)
+    def told(self, stats: StepStats, now: float) -> None:
+        """Its numbers are others."""
+        self.stats, facts = stats, self.facts
+        facts[Fact.QUEUED], facts[Fact.TOLD_S] = stats.queued_tokens, now
+        facts[Fact.RUNNING], facts[Fact.HELD] = stats.running, stats.held_tokens
+        facts[Fact.HELD_SHARE] = stats.blocks_held / self.info.engine.num_blocks
+        self.pace.stepped(stats, now)
+
+    def expect(self, leg_name: str, tokens: int) -> None:
+        """An attempt with so many prompt tokens to compute is on its way there."""
+        self._unseen[leg_name] = tokens
+        self.facts[Fact.UNSEEN] += tokens
+
+    def has_seen(self, leg_name: str) -> None:
+        """The attempt is in its engine's numbers, or over."""
+        self.facts[Fact.UNSEEN] -= self._unseen.pop(leg_name, 0)
 
     @property
     def most_samples(self) -> int:
@@ -96,17 +126,12 @@ class Member:
         return 0 if self.is_full else self.most_samples - self.open_samples
 
     @property
-    def load(self) -> float:
-        """Open samples against those that run at once."""
-        return self.open_samples / self.info.engine.max_num_seqs
-
-    @property
     def is_live(self) -> bool:
-        return self.state is not MemberState.DOWN
+        return self._state is not MemberState.DOWN
 
     @property
     def takes_more(self) -> bool:
-        return self.state in (MemberState.UP, MemberState.SUSPECT)
+        return self._state in (MemberState.UP, MemberState.SUSPECT)
 
 
 _SAME = ("model", "revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")

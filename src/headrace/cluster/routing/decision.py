@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headrace.cluster.routing.candidates import Column
+from headrace.cluster.facts import Column
 
 
 class Considered(msgspec.Struct, frozen=True):

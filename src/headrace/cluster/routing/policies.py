@@ -12,8 +12,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+from headrace.cluster.facts import Column
 from headrace.cluster.options import RoutingOptions
-from headrace.cluster.routing.candidates import Candidates, Column
+from headrace.cluster.routing.candidates import Candidates
 from headrace.cluster.routing.policy import Policy, Terms
 
 BUSY = 0.1
@@ -147,6 +148,8 @@ def policy_of(options: RoutingOptions, chance: random.Random) -> Policy:
 
 def _counted_uncached(among: Candidates, options: RoutingOptions) -> Column:
     """Uncached tokens, where too small a share that is cached does not count."""
+    if options.min_cache_hit_ratio <= 0.0:
+        return among.uncached_tokens
     least = options.min_cache_hit_ratio * among.wish.prompt_tokens
     return np.where(among.cached_tokens >= least, among.uncached_tokens, float(among.wish.prompt_tokens))
 
@@ -154,11 +157,11 @@ def _counted_uncached(among: Candidates, options: RoutingOptions) -> Column:
 def _hot(among: Candidates) -> Column:
     """How far above an even share of the work a busy worker is, in tens of percent."""
     busy = among.busy
-    mean = float(busy.mean())
+    mean = float(busy.sum()) / len(busy)
     if mean <= 0.0:
-        return np.zeros(len(among))
-    over = np.maximum(busy / mean - EVEN, 0.0) * 10.0
-    return np.where(busy > BUSY, over, 0.0)
+        return busy
+    over: Column = np.maximum(busy / mean - EVEN, 0.0) * 10.0 * (busy > BUSY)
+    return over
 
 
 def _only(among: Candidates, index: int) -> Column:

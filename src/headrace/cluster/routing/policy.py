@@ -6,8 +6,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from headrace.cluster.facts import Column
 from headrace.cluster.options import RoutingOptions
-from headrace.cluster.routing.candidates import Candidates, Column
+from headrace.cluster.routing.candidates import Candidates
 
 Terms = Mapping[str, Column]
 """Named parts of a score, [candidates] each. The lowest sum wins; among equals the least loaded."""

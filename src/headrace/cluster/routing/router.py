@@ -7,15 +7,18 @@ worker is chosen instead, and the decision says so.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
+from headrace.cluster.facts import Column
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.options import RoutingOptions
+from headrace.cluster.placement import Possible
 from headrace.cluster.registry import Member
-from headrace.cluster.routing.candidates import Candidates, Column, Wish
+from headrace.cluster.routing.candidates import Candidates, Wish
 from headrace.cluster.routing.decision import Decision
 from headrace.cluster.routing.policies import policy_of
 from headrace.cluster.routing.policy import Terms
@@ -39,11 +42,12 @@ class Router:
         self._has_failed = False
 
     def choose(
-        self, members: Sequence[Member], wish: Wish, prompt: Prompt, *, purpose: str, now: float
+        self, possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
     ) -> tuple[Member, Decision]:
         """One of at least one member, for this purpose; `now` on the gateway's clock."""
-        cached = self._holdings.cached_tokens(prompt, members, now)
-        among = Candidates(members, wish, cached, now)
+        members = possible.members
+        cached = self._holdings.cached_tokens(prompt, possible.facts, now)
+        among = Candidates(possible, wish, cached, now)
         rule = f"lowest score of policy {self._name}"
         try:
             terms = self._policy.terms(among)
@@ -57,7 +61,7 @@ class Router:
             scores = among.load
         if len(members) == 1:
             rule = "the only one with room"
-        best = _lowest(scores, members)
+        best = _lowest(scores, among)
         decision = Decision(
             at_s=now,
             purpose=purpose,
@@ -80,18 +84,24 @@ def _scores(terms: Terms, count: int) -> Column:
     """The sums. Raises ValueError for columns that are none, or that choose nobody."""
     if not terms:
         raise ValueError("it gives no terms")
+    scores: Column = np.zeros(count)
     for name, column in terms.items():
         if np.shape(column) != (count,):
             raise ValueError(f"its term {name!r} is of shape {np.shape(column)}, not ({count},)")
-    scores: Column = np.sum([np.asarray(column, dtype=np.float64) for column in terms.values()], axis=0)
-    if np.isnan(scores).any():
+        scores += column
+    lowest = float(scores.min())  # NaN if any is
+    if math.isnan(lowest):
         raise ValueError("its scores are not all numbers")
-    if np.isinf(scores).all():
+    if lowest == math.inf:
         raise ValueError("its scores rule everybody out")
     return scores
 
 
-def _lowest(scores: Column, members: Sequence[Member]) -> int:
+def _lowest(scores: Column, among: Candidates) -> int:
     """The index of the lowest score; among equals of the least loaded, then by name."""
-    equal = np.flatnonzero(scores == scores.min()).tolist()
-    return min(equal, key=lambda i: (members[i].load, members[i].worker_id)) if len(equal) > 1 else equal[0]
+    best = int(scores.argmin())
+    equal = np.flatnonzero(scores == scores[best]).tolist()
+    if len(equal) == 1:
+        return best
+    load = among.load.tolist()
+    return min(equal, key=lambda i: (load[i], among.members[i].worker_id))

@@ -1,0 +1,61 @@
+"""What a request may expect at each of many workers: TTFT and TPOT, from their paces and loads.
+
+In: a table of facts, whose fits are `pace.py`'s. Out: a column of seconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from headrace.cluster.facts import Column, Fact, Table
+from headrace.cluster.pace import BUSY_S
+
+
+def step_s(facts: Table, tokens: Column | float, held: Column | float) -> Column:
+    """A step's time at each worker."""
+    seconds: Column = (
+        facts[:, Fact.BASE_S] + facts[:, Fact.PER_TOKEN_S] * tokens + facts[:, Fact.PER_HELD_S] * held
+    )
+    return seconds
+
+
+def prefill_room(facts: Table) -> Column:
+    """Tokens of a step that are left for prompts."""
+    return np.maximum(facts[:, Fact.BUDGET] - facts[:, Fact.RUNNING], 1.0)
+
+
+def prefill_tokens_per_s(facts: Table) -> Column:
+    """In full steps, beside what decodes now."""
+    return prefill_room(facts) / np.maximum(step_s(facts, facts[:, Fact.BUDGET], facts[:, Fact.HELD]), 1e-9)
+
+
+def ttft_s(facts: Table, tokens: Column) -> Column:
+    """Until so many tokens, queued ones and a request's own, are computed, and the request has a row."""
+    steps = np.ceil(tokens / prefill_room(facts))
+    running = np.minimum(facts[:, Fact.RUNNING], facts[:, Fact.BUDGET] - 1)
+    computing_s = steps * step_s(facts, running, facts[:, Fact.HELD]) + facts[:, Fact.PER_TOKEN_S] * tokens
+    over = np.maximum(facts[:, Fact.OPEN_SAMPLES] + 1 - facts[:, Fact.ROWS], 0.0)
+    waiting_s: Column = over / facts[:, Fact.ROWS] * facts[:, Fact.DECODE_S]
+    return computing_s + waiting_s
+
+
+def tpot_s(facts: Table, context_tokens: float, after_s: Column) -> Column:
+    """A step's time once a request decodes there after `after_s`: some that run now will have ended by then,
+    and those that wait now will run."""
+    running = facts[:, Fact.RUNNING]
+    staying = running * np.exp(-after_s / np.maximum(facts[:, Fact.DECODE_S], 1e-3))
+    coming = np.maximum(facts[:, Fact.OPEN_SAMPLES] - running, 0.0)
+    others = np.minimum(facts[:, Fact.ROWS] - 1, staying + coming)
+    each = np.where(running > 0, facts[:, Fact.HELD] / np.maximum(running, 1.0), context_tokens)
+    return step_s(facts, others + 1 + facts[:, Fact.PREFILLED], others * each + context_tokens)
+
+
+def busy(facts: Table, now: float) -> Column:
+    """Share of their time, lately, that they spent in steps."""
+    share: Column = facts[:, Fact.BUSY] * np.exp(-np.maximum(now - facts[:, Fact.BUSY_AT_S], 0.0) / BUSY_S)
+    return share
+
+
+def decode_load(facts: Table) -> Column:
+    """Share of rows, or of KV blocks, that are in use, whichever is scarcer; above 1 something waits."""
+    return np.maximum(facts[:, Fact.OPEN_SAMPLES] / facts[:, Fact.ROWS], facts[:, Fact.HELD_SHARE])
