@@ -74,21 +74,22 @@ class Clock:
 
     def __call__(self) -> float:
         if self.reads % 2:
-            self.now += self.script[self.reads // 2 % len(self.script)]
+            self.now += self.script[self.reads // 2]
         self.reads += 1
         return self.now
 
 
-def test_a_step_counts_as_the_median_of_its_repeats() -> None:
+def test_a_step_counts_as_the_median_of_its_turns() -> None:
     # The hash executor refuses plans that no engine could be given.
     config = SchedulerConfig(max_model_len=500, vocab_size=1000, max_num_seqs=8, max_num_batched_tokens=128)
     engine = hash_engine(config, num_blocks=400, block_size=4)
     steps = [((1, 20), (1, 33)), ((64, 0),), ((30, 16), (1, 40))]
-
-    async def run() -> list[MeasuredStep]:
-        return [step async for step in measure(engine, steps, 3, Clock([100.0, 3.0, 2.0, 9.0]))]
-
-    assert asyncio.run(run()) == [MeasuredStep(rows, 3.0) for rows in steps]
+    turns = [[100.0, 100.0, 100.0], [3.0, 5.0, 7.0], [2.0, 50.0, 8.0], [9.0, 4.0, 70.0]]
+    clock = Clock([seconds for turn in turns for seconds in turn])
+    heard: list[int] = []
+    found = asyncio.run(measure(engine, steps, 3, clock, lambda: heard.append(1)))
+    assert found == [MeasuredStep(rows, median) for rows, median in zip(steps, (3.0, 5.0, 8.0), strict=True)]
+    assert len(heard) == 12
 
 
 def test_the_loop_is_measured_beside_the_executor() -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 WRITTEN = 0x3C
 """What the KV cache is filled with: a small number in bfloat16 and in float32."""
 
+NOISY = 0.25
+"""Mean error on steps that were not fitted above which a fit says little."""
+
 
 def calibrate(
     model: Annotated[
@@ -83,6 +86,12 @@ def calibrate(
             built.engine.executor.close()
         found.write(output)
         _print(found, steps)
+        if found.held_out.mean > NOISY:
+            print(
+                "\nheadrace: do not trust these figures: steps took now long and now short, as they do "
+                "beside other work; run it again while nothing else runs, or with more --repeats",
+                file=sys.stderr,
+            )
         print(f"\nwritten to {output}; use it with: headrace simulate fleet --hardware {output}")
 
 
@@ -114,12 +123,9 @@ async def _calibrate(
     )
     columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
-    steps: list[MeasuredStep] = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(wanted))
-        async for step in measure(engine, wanted, repeats):
-            steps.append(step)
-            progress.advance(task)
+        task = progress.add_task("", total=len(wanted) * (repeats + 1))
+        steps = await measure(engine, wanted, repeats, heard=lambda: progress.advance(task))
     loop_step_s, loop_row_s = await measure_loop(engine)
     fitted, held = split(steps)
     rates = fit(shape, fitted)

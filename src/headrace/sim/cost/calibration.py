@@ -14,7 +14,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -100,43 +100,54 @@ async def measure(
     steps: Sequence[tuple[Row, ...]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> AsyncIterator[MeasuredStep]:
-    """Run each step `repeats` times and yield the median of its times, after one that is not counted."""
-    for rows in steps:
-        taken = []
-        for plan in _plans(engine, rows, repeats + 1):
+    heard: Callable[[], None] = lambda: None,
+) -> list[MeasuredStep]:
+    """Run all steps `repeats` times in turn, after one round that is not counted; each with its median.
+
+    They take turns since other work on a machine comes in spells: it should not meet all of one step's
+    repeats. `heard` is called for each step that was run.
+    """
+    taken: list[list[float]] = [[] for _ in steps]
+    for turn in range(repeats + 1):
+        for rows, times in zip(steps, taken, strict=True):
+            *before, timed = _plans(engine, rows)
+            for plan in before:
+                await engine.executor.submit(plan)
             began = clock()
-            await engine.executor.submit(plan)
-            taken.append(clock() - began)
+            await engine.executor.submit(timed)
+            seconds = clock() - began
+            if turn > 0:
+                times.append(seconds)
+            heard()
             await asyncio.sleep(0)  # where Ctrl-C is heard
-        yield MeasuredStep(rows, statistics.median(taken[1:]))
+    return [MeasuredStep(rows, statistics.median(times)) for rows, times in zip(steps, taken, strict=True)]
 
 
-def _plans(engine: Engine, rows: tuple[Row, ...], count: int) -> Iterator[StepPlan]:
-    """So many plans of the same step. Each row has blocks of its own.
+def _plans(engine: Engine, rows: tuple[Row, ...]) -> list[StepPlan]:
+    """What to run, last the step itself. Each row has blocks of its own.
 
-    Decodes go on from plan to plan, as they do in life; prompts begin anew in each, which takes them hardly
-    any time beside their arithmetic.
+    Decodes go on from a step before, as they do in life; that a prompt begins takes hardly any time beside
+    its arithmetic.
     """
     cache = engine.scheduler.cache
-    decodes = all(new == 1 for new, _ in rows)
+    goes_on = all(new == 1 and context > 0 for new, context in rows)
     starts, used = [], 0
     for place, (new, context) in enumerate(rows):
-        blocks = -(-(new + context + count) // cache.block_size)
+        blocks = -(-(new + context + 1) // cache.block_size)
         tables = []
         for _ in cache.groups:
             tables.append(list(range(used, used + blocks)))
             used += blocks
-        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-        tokens = [(i * 7919 + place) % engine.scheduler.config.vocab_size for i in range(new + context)]
-        starts.append(RowStart(place, tokens, len(tokens), sampling, 0, None, tables))
-    for number in range(count):
-        ahead = number if decodes else 0
-        scheduled = [
-            ScheduledRow(place, context + ahead, new, True, cache.no_blocks)
-            for place, (new, context) in enumerate(rows)
-        ]
-        yield StepPlan(number, [] if ahead else starts, scheduled)
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        length = context if goes_on else context + new
+        tokens = [(i * 7919 + place) % engine.scheduler.config.vocab_size for i in range(length)]
+        starts.append(RowStart(place, tokens, length, sampling, 0, None, tables))
+    none = cache.no_blocks
+    step = [ScheduledRow(place, context, new, True, none) for place, (new, context) in enumerate(rows)]
+    if not goes_on:
+        return [StepPlan(0, starts, step)]
+    before = [ScheduledRow(place, context - 1, 1, True, none) for place, (_, context) in enumerate(rows)]
+    return [StepPlan(0, starts, before), StepPlan(1, [], step)]
 
 
 class _Timed(Executor):
