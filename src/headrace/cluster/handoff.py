@@ -131,6 +131,7 @@ class Handoffs:
                 "blocks transferred",
                 bytes=settled.bytes_moved,
                 blocks=settled.blocks,
+                over=_ways(settled),
                 wait_s=round(settled.wait_s, 6),
                 move_s=round(settled.move_s, 6),
             )
@@ -163,3 +164,10 @@ class Handoffs:
     @staticmethod
     def _home_name(accepted: Accepted) -> str:
         return accepted.home.member.worker_id if accepted.home is not None else ""
+
+
+def _ways(settled: ImportSettled) -> str:
+    """What the blocks came over."""
+    if settled.read and settled.read < settled.blocks:
+        return "NIXL and TCP"
+    return "NIXL" if settled.read else "TCP"
