@@ -96,6 +96,7 @@ def test_the_schema_is_printed() -> None:
         (LARGE, ("model=smollm2-135m",), ["model"]),  # it has to be pulled first
         (Machine(cores=4, memory=1 << 40, gpus=8, nixl=True), (), ["model", "cores"]),
         (LARGE, ("engine.threads=256",), ["model", "cores"]),
+        (LARGE, ("routing.policy=no.such:Class",), ["model", "routing.policy"]),
         (Machine(cores=128, memory=11 << 30, gpus=8, nixl=True), (), ["model", "memory"]),
         (Machine(cores=128, memory=None, gpus=8, nixl=True), (), ["model"]),
         (Machine(cores=128, memory=1 << 40, gpus=0, nixl=True), (), ["model", "GPUs", "GPUs"]),

@@ -79,8 +79,16 @@ def test_what_can_be_meant_is_let_be(fine: ClusterFile) -> None:
     [
         (file(split_policy={"prefill_queue_max": 3}), ["split_policy.prefill_queue_max"]),
         (
-            file(routing={"policy": "random"}, split_policy={"queue_length_weight": 3}),
-            ["split_policy.queue_length_weight"],
+            file(
+                routing={"policy": "random"},
+                split_policy={"queue_length_weight": 3, "enable_hotspot_prevention": True},
+                cache={"min_cache_hit_ratio": 0.5},
+            ),
+            [
+                "split_policy.queue_length_weight",
+                "split_policy.enable_hotspot_prevention",
+                "cache.min_cache_hit_ratio",
+            ],
         ),
         (
             file(cache={"reuse_prefix": False, "min_cache_hit_ratio": 0.5}),

@@ -194,6 +194,14 @@ def test_names_and_reasons_are_no_markup_and_long_ones_are_cut() -> None:
         assert max(map(len, said.splitlines())) <= width
 
 
+def test_a_reason_takes_no_room_from_numbers() -> None:
+    other = cluster(2)
+    other["workers"][0] |= {"state": "down", "why": "its connection ended, and it is gone"}
+    said = text(frame(replace(reading(2), cluster=other)), 80)
+    assert "…" not in said
+    assert "down: its" in said and "gone" in said
+
+
 def test_a_server_that_says_little_is_shown_all_the_same() -> None:
     bare = Reading.of(0.0, {"state": "starting", "workers": []}, "")
     for width in (80, 200):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from headrace.api.options import gateway_options
+from headrace.cluster.routing.policies import policy_of
 from headrace.config import format_size, parse_size
 from headrace.config.cluster import ROLES, ClusterFile
 from headrace.config.engine import usable_cores
@@ -44,6 +47,7 @@ def lacks(file: ClusterFile, machine: Machine) -> list[str]:
     workers = sum(counts.values()) or 1
     model, said = _model(file)
     found = [said] if said else []
+    found += _policy(file)
     found += _memory(file, machine, workers, model)
     cores = file.engine.threads or machine.cores
     if cores > machine.cores:
@@ -71,6 +75,15 @@ def _model(file: ClusterFile) -> tuple[ModelFiles | None, str]:
     except OSError as error:
         return None, f"model: {file.model} cannot be read: {error}"
     return (None, f"model: {file.model} {here}") if isinstance(here, str) else (here, "")
+
+
+def _policy(file: ClusterFile) -> list[str]:
+    """A class of the user's own has to be found here."""
+    try:
+        policy_of(gateway_options(file).routing, random.Random(0))
+    except ValueError as error:
+        return [f"routing.policy: {error}"]
+    return []
 
 
 def _memory(file: ClusterFile, machine: Machine, workers: int, model: ModelFiles | None) -> list[str]:

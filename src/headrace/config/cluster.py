@@ -123,7 +123,8 @@ class SplitPolicy(Section):
     decode_load_weight: Weight = 0.5
     """Weight, in the policy `cost`, of what a worker decodes."""
     enable_hotspot_prevention: bool = True
-    """Whether a popular prefix spreads to more workers when those that hold it are busier than others."""
+    """Whether, in the policy `cost`, a popular prefix spreads when the workers that hold it are busier than
+    others."""
 
 
 class Routing(Section):
@@ -140,7 +141,8 @@ class Cache(Section):
     reuse_prefix: bool = True
     """Whether prompts share what they begin with; without, every prompt is computed from its first token."""
     min_cache_hit_ratio: Share = 0.0
-    """A worker that holds a smaller share of the prompt's blocks than this is compared by its load alone."""
+    """In the policy `cost`, a worker that holds a smaller share of the prompt's blocks than this is compared
+    by its load alone."""
 
 
 class Engine(Section):

@@ -41,8 +41,9 @@ def remarks(file: ClusterFile) -> list[str]:
         why = "no prefill worker is started, so this acts only for ones that join"
         found += _tell(why, "split_policy", split, "prompt_length_threshold", "prefill_queue_max")
     if file.routing.policy != "cost":
-        why = f"routing.policy is {file.routing.policy}, and only cost has weights"
-        found += _tell(why, "split_policy", split, *_WEIGHTS)
+        why = f"routing.policy is {file.routing.policy}, and only cost weighs"
+        found += _tell(why, "split_policy", split, *_WEIGHTS, "enable_hotspot_prevention")
+        found += _tell(why, "cache", file.cache, "min_cache_hit_ratio")
     elif not file.cache.reuse_prefix:
         why = "cache.reuse_prefix is false, so no worker holds blocks of a prompt that comes"
         found += _tell(why, "split_policy", split, "prefix_cache_weight", "enable_hotspot_prevention")

@@ -113,10 +113,21 @@ def _says(file: ClusterFile, path: str) -> str:
 def _weight(of: str) -> Says:
     def says(weight: Any, file: ClusterFile) -> str:
         if file.routing.policy != "cost":
-            return f"does not act: {file.routing.policy} has no weights"
+            return f"does not act: {file.routing.policy} does not weigh"
         return f"weight of {of}" if weight else f"{of} does not count"
 
     return says
+
+
+def _acts_with_cost(says: str, otherwise: str) -> Says:
+    """Words for a field that only the policy `cost` reads; `otherwise` where it is off."""
+
+    def words(value: Any, file: ClusterFile) -> str:
+        if file.routing.policy != "cost":
+            return f"does not act: {file.routing.policy} does not weigh"
+        return says.format(value=value) if value else otherwise
+
+    return words
 
 
 def _acts_early(says: str, otherwise: str = "") -> Says:
@@ -146,19 +157,17 @@ _SENTENCES: dict[str, Says] = {
     "split_policy.prefix_cache_weight": _weight("the prompt's blocks that a worker does not hold"),
     "split_policy.queue_length_weight": _weight("what waits at a worker"),
     "split_policy.decode_load_weight": _weight("what a worker decodes"),
-    "split_policy.enable_hotspot_prevention": lambda v, f: (
-        "a popular prefix spreads to more workers when its own are busier than others"
-        if v
-        else "a popular prefix stays with the workers that hold it, however busy they are"
+    "split_policy.enable_hotspot_prevention": _acts_with_cost(
+        "a popular prefix spreads to more workers when its own are busier than others",
+        "a popular prefix stays with the workers that hold it, however busy they are",
     ),
     "routing.policy": lambda v, f: f"a request goes {POLICIES.get(v, 'where this class says')}",
     "cache.reuse_prefix": lambda v, f: (
         "prompts share what they begin with" if v else "every prompt is computed from its first token"
     ),
-    "cache.min_cache_hit_ratio": lambda v, f: (
-        f"a worker that holds less than {v:.0%} of the prompt's blocks is compared by its load alone"
-        if v
-        else "every block that a worker holds of the prompt counts"
+    "cache.min_cache_hit_ratio": _acts_with_cost(
+        "a worker that holds less than {value:.0%} of the prompt's blocks is compared by its load alone",
+        "every block that a worker holds of the prompt counts",
     ),
     "engine.dtype": lambda v, f: (
         "bfloat16 where the processor computes in it, else float32"

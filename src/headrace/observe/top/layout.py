@@ -58,7 +58,7 @@ def covers(frame: Frame) -> str:
 # ---- what is summed up -------------------------------------------------------------------------------------
 
 
-def _lines(frame: Frame) -> Table:
+def _lines(frame: Frame) -> Group:
     """A line for each thing, where there is little room."""
     rows = Table.grid(padding=(0, 1))
     for width in (12, 13, 12, 12, None):
@@ -73,8 +73,7 @@ def _lines(frame: Frame) -> Table:
     failed = _tally(frame.transfer_failures, _BAD, "failed")
     rows.add_row(_name("Transfers"), *moved, f"p50 {_seconds(frame.transfer_p50_s)}", failed)
     rows.add_row(_name("Trouble"), _replays(frame), "", "", _tally(frame.refusals, _BAD, "refused"))
-    rows.add_row("", Text(covers(frame), _DIM))
-    return rows
+    return Group(rows, Text(f"{' ' * 13}{covers(frame)}", _DIM))
 
 
 def _requests(frame: Frame) -> Group:
@@ -107,7 +106,7 @@ def _transfers(frame: Frame) -> Group:
 
 def _rows() -> Table:
     rows = Table.grid(padding=(0, 1))
-    rows.add_column(width=9, no_wrap=True)
+    rows.add_column(width=10, no_wrap=True)
     rows.add_column(min_width=14)
     rows.add_column()
     return rows
@@ -185,7 +184,7 @@ def _workers(frame: Frame, width: int) -> Table:
         table.add_column(
             column.heading,
             justify="right" if column.right else "left",
-            no_wrap=True,
+            no_wrap=column.heading != "STATE",  # where room is short, it goes over two lines
             overflow="ellipsis",
             max_width=24 if column.heading == "WORKER" and width < WIDE else None,
         )
