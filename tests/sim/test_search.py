@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,28 @@ def test_the_command_says_how_to_replay(monkeypatch: pytest.MonkeyPatch) -> None
     options = f"--seeds {seed.seed} --faults cut,crash --only {seed.keep[0]}"
     assert f"headrace simulate {options}\n" in found.output
     assert CliRunner().invoke(app, ["simulate", *options.split()]).exit_code == 1
+
+
+def test_what_it_prints_to_replay_a_seed_is_a_line_for_a_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    breaks_when_something_is_cut(monkeypatch)
+    config = tmp_path / "my cluster's.yaml"
+    config.write_text("pools:\n  both: {replicas: 2}\n")
+    asked = ["--seeds", "0:4", "--faults", "cut,cut one way,break pull", "--config", str(config)]
+    found = CliRunner().invoke(app, ["simulate", *asked])
+    assert found.exit_code == 1
+    printed = [line.split(maxsplit=1)[1] for line in found.output.splitlines() if "headrace simulate" in line]
+    assert len(printed) >= 2  # the whole and the smallest, for each failure
+    for line in printed:
+        echoed = subprocess.check_output(
+            ["sh", "-c", line.replace("headrace", "printf '%s\\n'", 1)], text=True
+        )
+        command, *options = echoed.splitlines()
+        assert command == "simulate"
+        again = CliRunner().invoke(app, ["simulate", *options])
+        assert again.exit_code == 1, (line, again.output)
+        assert "Violation: a cut was noticed" in again.output
 
 
 def test_a_real_history_from_the_command_line(tmp_path: Path) -> None:

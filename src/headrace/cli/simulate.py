@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections import Counter
@@ -81,8 +82,8 @@ def simulate(
                 print(text, file=sys.stderr, flush=True)
 
         verdict = search(numbers, scope, jobs=jobs, heard=heard)
-        options = "" if config is None else f" --config {config}"
-        options += "" if faults == "default" else f" --faults {faults}"
+        options = "" if config is None else f" --config {shlex.quote(str(config))}"
+        options += "" if faults == "default" else f" --faults {shlex.quote(faults)}"
         options += "" if count == COUNT else f" --count {count}"
         options += "" if executor == "hash" else f" --executor {executor}"
         options += "" if again_every == AGAIN_EVERY else f" --again-every {again_every}"
