@@ -35,6 +35,7 @@ WHOLE = {
         "batch_invariant": True,
         "step_timeout": 30,
     },
+    "transfer": {"connector": "tcp", "check_reads": True},
 }
 
 
@@ -60,6 +61,7 @@ def test_every_field_that_has_an_option_of_serve_becomes_it(tmp_path: Path) -> N
         "no_prefix_caching": True,
         **WHOLE["split_policy"],
         **WHOLE["engine"],
+        **WHOLE["transfer"],
     }
     assert set(options) <= set(inspect.signature(serve).parameters)
 
@@ -75,6 +77,7 @@ def test_every_option_reaches_its_part(run: Run, tmp_path: Path) -> None:
     assert engine.served_name == "name"
     assert not engine.prefix_caching
     assert given["pools"].step_timeout_s == 30
+    assert (given["pools"].connector, given["pools"].check_reads) == ("tcp", True)
     assert (given["pools"].prefill, given["pools"].decode, given["pools"].both) == (1, 2, 3)
 
 

@@ -32,7 +32,18 @@ def test_the_seed_is_told_section_by_section() -> None:
     assert code == 0
     sections = [line.partition(":")[0] for line in said.splitlines() if line and not line.startswith(" ")]
     assert sections[1:] == [
-        *("model", "pools", "split_policy", "routing", "cache", "engine", "slo", "qos", "autoscale"),
+        *(
+            "model",
+            "pools",
+            "split_policy",
+            "routing",
+            "cache",
+            "engine",
+            "transfer",
+            "slo",
+            "qos",
+            "autoscale",
+        ),
         *("To look at", "What this machine lacks"),
     ]
     assert "what is marked (later) acts in a later one" in said
@@ -101,6 +112,12 @@ def test_the_schema_is_printed() -> None:
         (Machine(cores=128, memory=None, gpus=8, nixl=True), (), ["model"]),
         (Machine(cores=128, memory=1 << 40, gpus=0, nixl=True), (), ["model", "GPUs", "GPUs"]),
         (Machine(cores=128, memory=1 << 40, gpus=8, nixl=False), (), ["model", "NIXL"]),
+        (
+            Machine(cores=128, memory=1 << 40, gpus=8, nixl=False),
+            ("transfer.connector=nixl",),
+            ["model", "NIXL"],
+        ),
+        (Machine(cores=128, memory=1 << 40, gpus=8, nixl=False), ("transfer.connector=tcp",), ["model"]),
     ],
 )
 def test_what_a_machine_lacks(machine: Machine, overrides: tuple[str, ...], missing: list[str]) -> None:

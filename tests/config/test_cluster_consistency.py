@@ -94,6 +94,7 @@ def test_what_can_be_meant_is_let_be(fine: ClusterFile) -> None:
             file(cache={"reuse_prefix": False, "min_cache_hit_ratio": 0.5}),
             ["cache.min_cache_hit_ratio"],
         ),
+        (file(transfer={"connector": "tcp", "check_reads": True}), ["transfer.check_reads"]),
         (file(qos={"reject_on_slo_violation": True}), ["qos.reject_on_slo_violation"]),
         (
             file(qos={"enable_early_rejection": True, "reject_on_slo_violation": True}),

@@ -18,6 +18,7 @@ from headrace.config import EngineOptions
 from headrace.config.cluster import POLICIES, ClusterFile
 from headrace.config.reading import fields, read_cluster
 from headrace.config.schema import schema_text
+from headrace.worker import WorkerOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "configuration.md").read_text()
@@ -30,6 +31,7 @@ SECTIONS = {
     "routing": "Routing",
     "cache": "Cache",
     "engine": "Engine",
+    "transfer": "Transfer",
     "slo": "Slo",
     "qos": "Qos",
     "autoscale": "Autoscale",
@@ -116,6 +118,9 @@ def test_every_field_of_the_schema_is_told_of() -> None:
 
 def test_defaults_are_those_of_the_options() -> None:
     assert gateway_options(ClusterFile()) == GatewayOptions()
+    worker = WorkerOptions(worker_id="w")
+    transfer = ClusterFile().transfer.model_dump()
+    assert transfer == {name: getattr(worker, name) for name in transfer}
     engine = ClusterFile().engine.model_dump(exclude={"threads", "step_timeout", "kv_cache_memory"})
     options = EngineOptions(directory="", served_name="")
     assert engine == {name: getattr(options, name) for name in engine}

@@ -18,6 +18,12 @@ from headrace.config.cluster import ROLES, ClusterFile
 from headrace.config.engine import usable_cores
 from headrace.store import ModelError, ModelFiles, look_for
 from headrace.world.machine import available_memory, gpu_count
+from headrace.world.nixl_messages import PACKAGES as NIXL_PACKAGES
+
+_WITHOUT_NIXL = {
+    "auto": "so KV blocks go over TCP; pip install 'headrace[nixl]'",
+    "nixl": "and transfer.connector is nixl; pip install 'headrace[nixl]', or make it auto",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +43,7 @@ class Machine:
             cores=usable_cores(),
             memory=available_memory(),
             gpus=gpu_count(),
-            nixl=importlib.util.find_spec("nixl") is not None,
+            nixl=any(importlib.util.find_spec(name) for name in NIXL_PACKAGES),
         )
 
 
@@ -60,8 +66,8 @@ def lacks(file: ClusterFile, machine: Machine) -> list[str]:
         found += [
             f"GPUs: there is none, and {field} measures them; use queue_length" for field in _of_gpus(file)
         ]
-    if file.splits and not machine.nixl:
-        found.append("NIXL: it is not installed, so KV blocks go over TCP; pip install 'headrace[nixl]'")
+    if file.splits and not machine.nixl and file.transfer.connector != "tcp":
+        found.append(f"NIXL: it is not installed, {_WITHOUT_NIXL[file.transfer.connector]}")
     return found
 
 

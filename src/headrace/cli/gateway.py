@@ -35,7 +35,7 @@ def gateway(
         from headrace.api.workers import Pools
 
         said = Configured.of(context)
-        for section in ("pools", "engine", "autoscale"):
+        for section in ("pools", "engine", "transfer", "autoscale"):
             if said.file.says(section):
                 say(f"{said.path or '--set'}: {section} is of workers, and left to those that join")
         serve_http(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Dtype, EngineOptions, Quantization
+from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector, Dtype, EngineOptions, Quantization
 from headrace.config.sizes import format_size, parse_size
 
 POLICIES: Mapping[str, str] = MappingProxyType(
@@ -172,6 +172,15 @@ class Engine(Section):
     """An engine that takes longer for a step is stuck, and is replaced."""
 
 
+class Transfer(Section):
+    """How KV blocks move between workers."""
+
+    connector: Connector = "auto"
+    """`auto` is NIXL between workers that both have it, else TCP; `nixl` and `tcp` are no other."""
+    check_reads: bool = False
+    """Whether blocks that came over NIXL are compared with checksums of the source's; over TCP all are."""
+
+
 class ScaleUp(Section):
     """A replica is added when any of these holds."""
 
@@ -257,6 +266,7 @@ class ClusterFile(Section):
     routing: Routing = Routing()
     cache: Cache = Cache()
     engine: Engine = Engine()
+    transfer: Transfer = Transfer()
     autoscale: Autoscale = Autoscale()
     slo: Slo = Slo()
     qos: Qos = Qos()
@@ -285,6 +295,7 @@ class ClusterFile(Section):
         split = {"prompt_length_threshold", "prefill_queue_max"}
         found |= self.split_policy.model_dump(include=split, exclude_unset=True)
         found |= self.engine.model_dump(exclude_unset=True)
+        found |= self.transfer.model_dump(exclude_unset=True)
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -48,6 +48,9 @@ def remarks(file: ClusterFile) -> list[str]:
         why = "cache.reuse_prefix is false, so no worker holds blocks of a prompt that comes"
         found += _tell(why, "split_policy", split, "prefix_cache_weight", "enable_hotspot_prevention")
         found += _tell(why, "cache", file.cache, "min_cache_hit_ratio")
+    if file.transfer.connector == "tcp":
+        why = "transfer.connector is tcp, over which every block is compared anyway"
+        found += _tell(why, "transfer", file.transfer, "check_reads")
     if not qos.enable_early_rejection:
         found += _tell("acts only with qos.enable_early_rejection: true", "qos", qos, *_EARLY)
     elif qos.reject_on_slo_violation and qos.low_priority_threshold_ms > file.slo.ttft_ms:

@@ -47,7 +47,7 @@ def in_words(file: ClusterFile) -> dict[str, list[Line]]:
     """Lines by section, the sections in the order of the reference."""
     whole = [_line(file, "", name, _says(file, name)) for name in ("model", "served_model_name")]
     found = {"model": whole, "pools": list(_pools(file))}
-    for name in ("split_policy", "routing", "cache", "engine", "slo", "qos"):
+    for name in ("split_policy", "routing", "cache", "engine", "transfer", "slo", "qos"):
         section = getattr(file, name)
         paths = [f"{name}.{field}" for field in type(section).model_fields]
         found[name] = [
@@ -198,6 +198,16 @@ _SENTENCES: dict[str, Says] = {
         else "what else runs may change the last bits of a logit"
     ),
     "engine.step_timeout": lambda v, f: f"an engine that takes {v:g} s for a step is stuck, and is replaced",
+    "transfer.connector": lambda v, f: (
+        "KV blocks move over NIXL between workers that both have it, else over TCP"
+        if v == "auto"
+        else f"KV blocks move over {v.upper()} and nothing else"
+    ),
+    "transfer.check_reads": lambda v, f: (
+        "every block that came is compared with its source's checksum"
+        if v
+        else "blocks that came over TCP are compared with their source's checksums, over NIXL not"
+    ),
     "slo.ttft_ms": lambda v, f: f"the first token within {v:g} ms",
     "slo.tpot_ms": lambda v, f: f"each further token within {v:g} ms",
     "qos.policy": lambda v, f: (
