@@ -104,7 +104,7 @@ async def _whole(
         answer["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt)
     if body.return_token_ids:
         answer["prompt_token_ids"] = generation.prompts[0]
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return Response(orjson.dumps(answer), headers=generation.headers, media_type="application/json")
 
 
 class _ChatChunks(ChunkWriter):

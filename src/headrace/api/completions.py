@@ -177,7 +177,7 @@ async def _whole(server: Server, request: Request, generation: Generation, choic
         "choices": found,
         "usage": choices.usage(),
     }
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return Response(orjson.dumps(answer), headers=generation.headers, media_type="application/json")
 
 
 class _CompletionChunks(ChunkWriter):

@@ -73,7 +73,8 @@ class ApiError(Exception):
         """The answer to a request that the gateway or the engine ended."""
         status = _STATUS[error.code]
         code = None if error.code is ErrorCode.INVALID else error.code.value
-        return cls(status, error.message, param=error.field, code=code)
+        retry_after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        return cls(status, error.message, param=error.field, code=code, retry_after_s=retry_after_s)
 
     @classmethod
     def of_status(cls, status: int, message: str) -> ApiError:

@@ -52,7 +52,6 @@ class Generation:
         self.prompts = prompts
         self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(prompts)
         self.cached_tokens = [0] * len(prompts)
-        self._n = sampling.n
         self._numbers = {f"{self.id}-{number}": number for number in range(len(prompts))}
         self._terms = terms
         self._expired = False
@@ -67,6 +66,8 @@ class Generation:
                         sampling=sampling,
                         priority=body.priority,
                         cache_salt=body.cache_salt or "",
+                        session=terms.session or body.user or "",
+                        tenant=terms.tenant,
                     )
                     for request_id, number in self._numbers.items()
                 )
@@ -75,7 +76,12 @@ class Generation:
             self._admission.close(-prompt_tokens)  # nothing was computed
             raise
         # Made only now: until it was submitted, nobody has held n to a limit.
-        self.samples = [Sample(server.model.tokenizer, text) for _ in range(len(prompts) * sampling.n)]
+        self._n = self._stream.samples // len(prompts)
+        self.samples = [Sample(server.model.tokenizer, text) for _ in range(self._stream.samples)]
+        self.headers = (
+            {"X-Headrace-Degraded": ", ".join(self._stream.degraded)} if self._stream.degraded else {}
+        )
+        """Of the answer: what was taken from the request, since too much else was to be served."""
         self._unfinished = len(self.samples)
         self._timer = self._start_timer()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from headrace.cluster.options import (
     AdmissionOptions,
+    DegradeStep,
     GatewayOptions,
     RoutingOptions,
     ServiceLevels,
@@ -36,6 +37,8 @@ def gateway_options(file: ClusterFile) -> GatewayOptions:
             early_rejection=qos.enable_early_rejection,
             low_priority_threshold_s=qos.low_priority_threshold_ms / 1e3,
             reject_on_slo_violation=qos.reject_on_slo_violation,
-            degrade=tuple(qos.degrade),
+            degrade=tuple(
+                DegradeStep(lower=step.lower, to=step.to, above=step.above) for step in qos.degrade
+            ),
         ),
     )

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from headrace.api.errors import ApiError
 
 METHODS = ("GET", "POST")
-EXPOSED_HEADERS = ("Retry-After", "Idempotent-Replayed", "X-Should-Retry")
+EXPOSED_HEADERS = ("Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Headrace-Degraded")
 """What pages may read of an answer beside its body."""
 
 

@@ -90,7 +90,7 @@ class _EventStream(Response):
         first: list[tuple[int, Piece]],
         include_usage: bool,
     ) -> None:
-        super().__init__(headers=_HEADERS)
+        super().__init__(headers=_HEADERS | generation.headers)
         del self.headers["content-length"]
         self._generation = generation
         self._writer = writer

@@ -19,12 +19,15 @@ from headrace.api.schema import MAX_TIMEOUT_S
 from headrace.api.served import Server
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+SESSION_HEADER = "X-Session-ID"
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     caller: Caller | None = None
     timeout_s: float | None = None
+    session: str = ""
+    """Requests of one session are better served by one worker."""
     began_s: float = 0.0
     """When the request's body was there, in the event loop's time; the timeout runs from here."""
 
@@ -38,7 +41,13 @@ class Terms:
         given = [seconds for seconds in asked if seconds is not None]
         if (caller := caller_of(request.scope)) is not None:
             caller.begin()
-        return cls(caller, min(given, default=None), asyncio.get_running_loop().time())
+        session = request.headers.get(SESSION_HEADER, "")
+        return cls(caller, min(given, default=None), session, asyncio.get_running_loop().time())
+
+    @property
+    def tenant(self) -> str:
+        """Whose turn it is, among requests of equal urgency."""
+        return "" if self.caller is None else self.caller.name
 
     def admit(self, prompt_tokens: int) -> Admission:
         """Raises ApiError 429 where the caller may have no more now."""

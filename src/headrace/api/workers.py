@@ -74,7 +74,8 @@ def launchers(
 ) -> Mapping[str, Launcher]:
     """A launcher for each worker. Cores are shared out evenly; `say` gets what the processes print.
 
-    Block identities are made with `cache_key`. `joinable`: workers that others start exchange blocks with them.
+    Block identities are made with `cache_key`. With `joinable` workers that others start exchange blocks
+    with them.
     """
     roles = pools.roles()
     options = msgspec.structs.replace(

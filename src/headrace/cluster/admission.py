@@ -1,16 +1,117 @@
-"""Whether requests may come in: what workers would have to queue beyond their limits is refused at once.
+"""Whether requests may come in, and with what.
 
-Pure functions over what the registry knows.
+    no room in the workers' queues ──▶ refused            (all classes)
+    pressure above a step of the ladder ──▶ degraded      (normal and low)
+    pressure above 1 ──▶ refused, with the estimate and when to try again   (normal and low)
+
+Pressure is the predicted TTFT or TPOT against what the class of the request may expect, whichever is worse.
+A high-priority request is neither degraded nor refused while there is room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import enum
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
+import msgspec
+
+from headrace.cluster.expectation import Expectation, Foresight
 from headrace.cluster.ledger import Accepted
+from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest
+
+
+class Band(enum.StrEnum):
+    """Classes of service, by a request's priority: below 0, 0, above 0."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @classmethod
+    def of(cls, priority: int) -> Band:
+        return cls.NORMAL if priority == 0 else cls.HIGH if priority < 0 else cls.LOW
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What is accepted instead of what was asked for."""
+
+    requests: tuple[GenerateRequest, ...]
+    degraded: tuple[str, ...] = ()
+    """What was taken from each of them, as `n=1`."""
+
+
+class Admission:
+    """For one gateway. Decides on the requests of one client together: all of them, or none."""
+
+    def __init__(self, options: AdmissionOptions, slo: ServiceLevels, foresight: Foresight) -> None:
+        self._options = options
+        self._slo = slo
+        self._foresight = foresight
+
+    def admit(self, requests: Sequence[GenerateRequest]) -> Admitted:
+        """Raises RequestRefused, OVERLOADED, with the estimate and when to try again."""
+        options = self._options
+        band = Band.of(requests[0].priority)
+        if band is Band.HIGH or not (options.early_rejection or options.degrade):
+            return Admitted(tuple(requests))
+        taken: list[str] = []
+        worst = max(requests, key=lambda request: len(request.prompt))
+        expected = self._foresight.expect(worst)
+        for step in options.degrade:
+            if expected is None or self._pressure(expected, band) <= step.above:
+                break
+            lower = [_lowered(request, step) for request in requests]
+            if lower != list(requests):
+                requests, worst = lower, _lowered(worst, step)
+                taken.append(f"{step.lower}={step.to}")
+                expected = self._foresight.expect(worst)
+        if expected is not None and self._refuses(expected, band):
+            raise self._refusal(expected, band)
+        return Admitted(tuple(requests), tuple(taken))
+
+    def _limit_s(self, band: Band) -> float:
+        """The TTFT above which a request is refused."""
+        return self._options.low_priority_threshold_s if band is Band.LOW else self._slo.ttft_s
+
+    def _pressure(self, expected: Expectation, band: Band) -> float:
+        ttft = expected.ttft_s / self._limit_s(band)
+        return ttft if band is Band.LOW else max(ttft, expected.tpot_s / self._slo.tpot_s)
+
+    def _refuses(self, expected: Expectation, band: Band) -> bool:
+        if not self._options.early_rejection:
+            return False
+        if band is Band.NORMAL and not self._options.reject_on_slo_violation:
+            return False
+        return self._pressure(expected, band) > 1.0
+
+    def _refusal(self, expected: Expectation, band: Band) -> RequestRefused:
+        limit_s = self._limit_s(band)
+        late = expected.ttft_s > limit_s
+        name = "first token" if late else "each further token"
+        found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._slo.tpot_s)
+        retry_after_s = max(1, math.ceil(expected.ttft_s - limit_s)) if late else 1
+        return RequestRefused(
+            ErrorCode.OVERLOADED,
+            f"the {name} would take about {found_s * 1e3:.0f} ms, and a request of {band} priority is "
+            f"accepted up to {most_s * 1e3:.0f} ms; try again in {retry_after_s} s",
+            retry_after_s=retry_after_s,
+        )
+
+
+def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
+    sampling = request.sampling
+    if getattr(sampling, step.lower) <= step.to:
+        return request
+    changes: dict[str, int] = {step.lower: step.to}
+    if step.lower == "max_tokens":
+        changes["min_tokens"] = min(sampling.min_tokens, step.to)
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, **changes))
 
 
 def check_room(

@@ -28,6 +28,7 @@ from headrace.protocol.messages import (
     Outputs,
     Submit,
 )
+from headrace.protocol.requests import GenerateRequest
 from headrace.world import World
 
 _GUESS_KEY_BITS = 256
@@ -89,7 +90,7 @@ class Dispatch:
         for name in message.taken:
             member.has_seen(name)
         for times in message.times:
-            member.pace.ended(times)
+            member.ended(times)
         if (stats := message.stats) is not None:
             member.told(stats, now)
             if stats.running + stats.waiting < member.most_samples:
@@ -122,7 +123,7 @@ class Dispatch:
         self._desk.post(
             home,
             Submit(
-                msgspec.structs.replace(request, request_id=name),
+                _as_sent(request, name),
                 progress,
                 LegKind.IMPORT if split else LegKind.WHOLE,
                 self._options.split.prompt_length_threshold if split else 0,
@@ -132,6 +133,24 @@ class Dispatch:
             self._world.now(), "placed", home.worker_id, attempt=accepted.attempts, uncached_tokens=uncached
         )
         return True
+
+    def foresee(self, request: GenerateRequest) -> tuple[float, float] | None:
+        """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it."""
+        samples, now = request.sampling.n, self._world.now()
+        possible = possible_homes(self._registry.live(), samples)
+        if not possible:
+            return None
+        prompt = Prompt(request.prompt, shared_salt(request))
+        wish = Wish.of(request, len(prompt.tokens), samples)
+        among = self._router.candidates(possible, wish, prompt, now)
+        soonest = int(among.ttft_s.argmin())
+        ttft_s, tpot_s = float(among.ttft_s[soonest]), float(among.tpot_s[soonest])
+        home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
+        if may_split(request, home, uncached, self._options.split):
+            prefills = self.possible_prefills(home)
+            if prefills:
+                ttft_s = float(self._router.candidates(prefills, wish, prompt, now).ttft_s.min())
+        return ttft_s, tpot_s
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
@@ -147,8 +166,7 @@ class Dispatch:
         member.exports += 1
         member.expect(leg.name, uncached)
         self._holdings.sent(member, accepted.prompt, self._world.now())
-        request = msgspec.structs.replace(accepted.request, request_id=leg.name)
-        self._desk.post(member, Submit(request, leg=LegKind.EXPORT))
+        self._desk.post(member, Submit(_as_sent(accepted.request, leg.name), leg=LegKind.EXPORT))
         return leg
 
     def _choose(
@@ -159,3 +177,8 @@ class Dispatch:
         member, decision = self._router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
         accepted.journey.decisions.append(decision)
         return member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])
+
+
+def _as_sent(request: GenerateRequest, leg_name: str) -> GenerateRequest:
+    """What a worker needs to know of a request."""
+    return msgspec.structs.replace(request, request_id=leg_name, session="", tenant="")

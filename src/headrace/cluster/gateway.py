@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator
 
-from headrace.cluster.admission import check_room
+from headrace.cluster.admission import Admission, check_room
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch
+from headrace.cluster.expectation import Naive, Predictive
 from headrace.cluster.handoff import Handoffs
 from headrace.cluster.journey import Journey, Journeys
 from headrace.cluster.ledger import Accepted, Ledger
@@ -67,6 +68,10 @@ class Gateway:
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
         self._dispatch = Dispatch(world, self._options, self.registry, self._ledger, self, report)
+        admission = self._options.admission
+        naive = admission.policy == "naive"
+        foresight = Naive(self.registry) if naive else Predictive(self._dispatch)
+        self._admission = Admission(admission, self._options.slo, foresight)
         self._handoffs = Handoffs(self._dispatch, self._ledger, self._observer, self)
         self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
         self._replays = Replays(world, self._options, self.registry, self._delivery, self._observer, self)
@@ -287,11 +292,12 @@ class Gateway:
             if self._ledger.get(request.request_id) is not None:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             check_request(request, limits)
-        check_room(self.registry.live(), requests, self._replays.waiting, self.open_samples)
-        samples = [(r.request_id, index) for r in requests for index in range(r.sampling.n)]
-        stream = OutputStream(samples, self.cancel)
+        admitted = self._admission.admit(requests)
+        check_room(self.registry.live(), admitted.requests, self._replays.waiting, self.open_samples)
+        samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
+        stream = OutputStream(samples, self.cancel, admitted.degraded)
         now = self._world.now()
-        accepted = [self._accept(request, stream, now) for request in requests]
+        accepted = [self._accept(request, stream, now) for request in admitted.requests]
         try:
             for one in accepted:
                 self.place(one)
@@ -305,6 +311,8 @@ class Gateway:
         journey = self.journeys.begin(request.request_id, len(request.prompt), now)
         accepted = self._ledger.enter(request, stream, journey, now)
         self._world.trace("gateway.submit", request.request_id)
+        if stream.degraded:
+            journey.note(now, "degraded", why=", ".join(stream.degraded))
         return accepted
 
     def _take_back(self, accepted: Accepted) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,16 @@ class ServiceLevels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DegradeStep:
+    """Something that is taken from a request when it would have to wait too long."""
+
+    lower: Literal["n", "max_tokens"]
+    to: int
+    above: float = 0.8
+    """When its predicted TTFT or TPOT is above this share of what it may expect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionOptions:
     """Whether a request may come in, by what it would have to wait."""
 
@@ -53,8 +64,8 @@ class AdmissionOptions:
     """A low-priority request is refused when its predicted TTFT is above this."""
     reject_on_slo_violation: bool = False
     """Whether a normal one is refused when its predicted TTFT or TPOT is above the SLO."""
-    degrade: tuple[str, ...] = ()
-    """What may be taken from a request before it is refused, in this order: `n`, `max_tokens`."""
+    degrade: tuple[DegradeStep, ...] = ()
+    """What is taken from a request before it is refused, step by step while it would wait too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

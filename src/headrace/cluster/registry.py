@@ -17,7 +17,7 @@ from headrace.cluster.facts import Fact, new_row
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
-from headrace.protocol.messages import EngineInfo, FromWorker, StepStats, WorkerInfo
+from headrace.protocol.messages import EngineInfo, FromWorker, SequenceTimes, StepStats, WorkerInfo
 
 
 class MemberState(enum.StrEnum):
@@ -83,6 +83,8 @@ class Member:
         """Attempts that run there, exports included."""
         self.facts = new_row()
         self.pace = Pace(self.facts)
+        self.prefill_s, self.decode_s = 0.0, 0.0
+        """What these took on average, lately."""
         self._unseen: dict[str, int] = {}
         facts = self.facts
         facts[Fact.DECODES], facts[Fact.PREFILLS] = role.decodes, role.prefills_for_others
@@ -108,6 +110,12 @@ class Member:
         facts[Fact.HELD_SHARE] = stats.blocks_held / self.info.engine.num_blocks
         self.pace.stepped(stats, now)
 
+    def ended(self, times: SequenceTimes) -> None:
+        """A sequence has ended there."""
+        self.prefill_s = _averaged(self.prefill_s, times.prefill_s)
+        self.decode_s = _averaged(self.decode_s, times.decode_s)
+        self.pace.ended(times)
+
     def expect(self, leg_name: str, tokens: int) -> None:
         """An attempt with so many prompt tokens to compute is on its way there."""
         self._unseen[leg_name] = tokens
@@ -132,6 +140,10 @@ class Member:
     @property
     def takes_more(self) -> bool:
         return self._state in (MemberState.UP, MemberState.SUSPECT)
+
+
+def _averaged(before: float, now: float | None) -> float:
+    return before if now is None else before + 0.05 * (now - before)
 
 
 _SAME = ("model", "revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")

@@ -22,10 +22,17 @@ class OutputStream:
     """
 
     def __init__(
-        self, samples: Iterable[SampleKey], cancel: Callable[[str, int | None, FinishReason], None]
+        self,
+        samples: Iterable[SampleKey],
+        cancel: Callable[[str, int | None, FinishReason], None],
+        degraded: tuple[str, ...] = (),
     ) -> None:
         """`cancel` ends a request or one sample of it, to be counted as the reason it is given."""
+        self.degraded = degraded
+        """What was taken from what the client asked for, as `n=1`: too much else is to be served."""
         self._open = dict.fromkeys(samples)  # in order: what is left to end
+        self.samples = len(self._open)
+        """How many there are in all."""
         self._completed: set[SampleKey] = set()  # of those: what its reader has ended as complete
         self._arrived: dict[SampleKey, list[SequenceOutput]] = {}
         self._cancel = cancel

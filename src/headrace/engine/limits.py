@@ -18,9 +18,11 @@ MAX_LOGPROBS = 20
 class RequestRefused(Exception):
     """A request that cannot be accepted, with the reason and the limit."""
 
-    def __init__(self, code: ErrorCode, message: str, field: str | None = None) -> None:
+    def __init__(
+        self, code: ErrorCode, message: str, field: str | None = None, *, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
-        self.error = RequestError(code, message, field)
+        self.error = RequestError(code, message, field, retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)

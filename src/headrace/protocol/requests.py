@@ -106,6 +106,8 @@ class RequestError(msgspec.Struct, frozen=True):
     code: ErrorCode
     message: str
     field: str | None = None
+    retry_after_s: int | None = None
+    """When it may be served, where that can be foreseen."""
 
 
 class Finish(msgspec.Struct, frozen=True, omit_defaults=True):

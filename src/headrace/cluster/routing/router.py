@@ -41,13 +41,16 @@ class Router:
         self._report = report
         self._has_failed = False
 
+    def candidates(self, possible: Possible, wish: Wish, prompt: Prompt, now: float) -> Candidates:
+        """What is known of those that could take a request."""
+        return Candidates(possible, wish, self._holdings.cached_tokens(prompt, possible.facts, now), now)
+
     def choose(
         self, possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
     ) -> tuple[Member, Decision]:
         """One of at least one member, for this purpose; `now` on the gateway's clock."""
         members = possible.members
-        cached = self._holdings.cached_tokens(prompt, possible.facts, now)
-        among = Candidates(possible, wish, cached, now)
+        among = self.candidates(possible, wish, prompt, now)
         rule = f"lowest score of policy {self._name}"
         try:
             terms = self._policy.terms(among)

@@ -1,0 +1,70 @@
+"""What a request would have to wait, foreseen before it is accepted.
+
+In: a request. Out: TTFT and TPOT where it would go now; None where nothing can be foreseen, as no worker is
+there. Two ways: by what routing knows of each worker, or by the rule of thumb of queue lengths and averages,
+which is here to be compared with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from headrace.cluster.dispatch import Dispatch
+from headrace.cluster.registry import Member, Registry
+from headrace.protocol.requests import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """In seconds."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+class Foresight(ABC):
+    """How waits are foreseen."""
+
+    @abstractmethod
+    def expect(self, request: GenerateRequest) -> Expectation | None:
+        """What this request would find now."""
+
+
+class Predictive(Foresight):
+    """Where it would be served soonest: the fitted model of that worker, its queue, and what will decode
+    beside it when its prefill ends."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+
+    def expect(self, request: GenerateRequest) -> Expectation | None:
+        found = self._dispatch.foresee(request)
+        return Expectation(*found) if found is not None else None
+
+
+class Naive(Foresight):
+    """Requests that wait for a prefill times what one takes on average, and those that decode times what that
+    takes, as if they came one after another. Numbers are those that workers told last."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def expect(self, request: GenerateRequest) -> Expectation | None:
+        live = [member for member in self._registry.live() if member.stats is not None]
+        if not live:
+            return None
+        prefill = [m for m in live if not m.info.role.decodes] or live
+        decode = [m for m in live if m.info.role.decodes]
+        ttft_s = _mean([_waiting(m) * m.prefill_s for m in prefill])
+        ttft_s += _mean([_waiting(m) * m.decode_s / m.info.engine.max_num_seqs for m in decode])
+        tpot_s = _mean([m.stats.step_s for m in decode if m.stats is not None])
+        return Expectation(ttft_s, tpot_s)
+
+
+def _waiting(member: Member) -> int:
+    return member.stats.waiting if member.stats is not None else 0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
