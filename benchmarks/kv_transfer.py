@@ -93,9 +93,11 @@ class BareNixl:
     def __init__(self, memory: SharedMemory) -> None:
         import nixl_cu12 as nixl
 
-        os.environ |= settings("127.0.0.1:0")
-        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        environment, errors = settings("127.0.0.1:0")
+        os.environ |= environment
+        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.agent = nixl.nixl_agent(os.urandom(8).hex(), config)
+        self.agent.create_backend("UCX", {"ucx_error_handling_mode": errors})
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(memory.buffer))
         self._size = memory.nbytes
         whole = self.agent.get_reg_descs([(self.base, self._size, 0, "")], mem_type="DRAM")
@@ -190,7 +192,8 @@ async def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
         process = context.Process(target=source, args=(theirs, shape, server.getsockname()[1]))
         process.start()
         bare, _ = await asyncio.to_thread(server.accept)
-    agent, bare_nixl = await open_agent(end), BareNixl(end.memory)
+    agent = await open_agent(end)
+    bare_nixl = BareNixl(end.memory)
     metadata, base = await asyncio.to_thread(ours.recv)
     peer = bare_nixl.agent.add_remote_agent(metadata).decode()
     with bare:

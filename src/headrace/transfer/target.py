@@ -7,7 +7,10 @@ has ended, in whatever way, nothing writes into the blocks any more.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from headrace.protocol.channel import Channel, ProtocolError
 from headrace.protocol.handoff import Cause, Reserved, Ticket
@@ -150,6 +153,8 @@ class _Pull:
             (span.group, span.first + i) for span in reserved.fill for i in range(len(span.blocks))
         ]
         self._filled = 0
+        self._heard: deque[FromSource] = deque()
+        """What the source said while something was read."""
         self._first_s: float | None = None
 
     async def run(self, began: float, connector: Connector) -> Fetched:
@@ -177,7 +182,7 @@ class _Pull:
         self._channel.post(Want(ticket.token, ticket.generation, names, reads, checked))
 
     async def _next(self) -> FromSource | None:
-        word = await self._patience.next(self._channel)
+        word = self._heard.popleft() if self._heard else await self._patience.next(self._channel)
         if self._first_s is None:
             self._first_s = self._world.now()
         return word
@@ -219,20 +224,51 @@ class _Pull:
             connector.failed(self._ticket, f"its memory cannot be read ({failure})")
 
     async def _read_shown(self, agent: MemoryAgent, shown: Shown, *, checked: bool) -> None:
-        """Raises ReadFailed, TransferFailed."""
+        """Raises ReadFailed, TransferFailed, ConnectionLost."""
         size, count = self._pool.block_bytes, len(shown.places)
         ours = [place * size for place in self._places[self._filled : self._filled + count]]
         theirs = [place * size for place in shown.places]
         limit_s = chunk_time_s(count * size)
         try:
             async with asyncio.timeout(limit_s):
-                await agent.read(self._ticket.memory, ours, theirs, size)
+                await self._listening(agent.read(self._ticket.memory, ours, theirs, size))
         except TimeoutError:
             raise ReadFailed(f"{count * size} bytes took longer than {limit_s:.0f} s") from None
         if checked:
             if not shown.checksums:
                 raise ReadFailed("its agent was lost")
             _compare(shown.checksums, await agent.checksums(ours, size))
+
+    async def _listening(self, reading: Coroutine[Any, Any, None]) -> None:
+        """Read, and stop when the source ends the pull meanwhile. Ends when the reading is over."""
+        task = asyncio.create_task(reading, name="transfer.read")
+        hearing = asyncio.create_task(self._channel.receive(), name="transfer.source")
+        try:
+            while not task.done():
+                await asyncio.wait({task, hearing}, return_when=asyncio.FIRST_COMPLETED)
+                if hearing.done():
+                    if not isinstance(word := hearing.result(), Shown):
+                        raise _refusal(word)
+                    self._heard.append(word)
+                    hearing = asyncio.create_task(self._channel.receive(), name="transfer.source")
+        finally:
+            task.cancel()
+            hearing.cancel()
+            await _over(task)
+            await asyncio.gather(hearing, return_exceptions=True)
+        task.result()
+
+
+async def _over(task: asyncio.Task[None]) -> None:
+    """Wait for `task` to be over, and let a cancellation wait as well."""
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation
 
 
 def _spans(names: list[tuple[int, int]]) -> BlockNames:

@@ -69,10 +69,10 @@ async def open_nixl(
     if sys.platform != "linux":
         raise AgentUnavailable(f"NIXL runs on Linux, and this is {sys.platform}")
     try:
-        environment = settings(address)
+        environment, error_handling = settings(address)
     except (OSError, ValueError) as error:
         raise AgentUnavailable(f"NIXL cannot use the interface of {address}: {error}") from error
-    agent = NixlAgent((path, str(size)), environment, report)
+    agent = NixlAgent((path, str(size), error_handling), environment, report)
     try:
         await agent.start()
     except BaseException:
@@ -81,23 +81,26 @@ async def open_nixl(
     return agent
 
 
-def settings(address: str) -> dict[str, str]:
-    """UCX's settings for an agent at `address`; what the user has set stays."""
+def settings(address: str) -> tuple[dict[str, str], str]:
+    """The environment and the error handling of UCX for an agent at `address`; what the user has set stays.
+
+    Where all peers are on this machine nothing listens: bytes go from process to process, which the kernel
+    allows processes of one user only. Else UCX listens at the interface, and has to notice that peers die.
+    """
     host, _ = split_host_port(address)
     interface = interface_of(host)
-    devices = [interface] if interface == "lo" else [interface, *rdma_ports()]
+    here = interface == "lo"
     ours = {
-        "UCX_NET_DEVICES": ",".join(devices),
+        "UCX_NET_DEVICES": ",".join([interface] if here else [interface, *rdma_ports()]),
         "UCX_TCP_AF_PRIO": "inet6,inet" if ":" in host else "inet,inet6",
-        # Without their own sockets: they take no part where the death of a peer must be noticed.
-        "UCX_TLS": "^posix,sysv",
+        "UCX_TLS": "posix,cma" if here else "^posix,sysv",
         "UCX_HANDLE_ERRORS": "none",
         "UCX_LOG_LEVEL": "error",
         "UCX_WARN_UNUSED_ENV_VARS": "n",
         "NIXL_LOG_LEVEL": "ERROR",
         "OPENBLAS_NUM_THREADS": "1",  # numpy's, which NIXL imports and nobody uses here
     }
-    return ours | os.environ
+    return ours | os.environ, "none" if here and "UCX_TLS" not in os.environ else "peer"
 
 
 class NixlAgent(MemoryAgent):

@@ -1,9 +1,9 @@
 """The process in which a NIXL agent lives: orders in on a socket, bytes from peers' memory into ours.
 
-    python -m headrace.world.nixl_process FD PARENT_PID PATH SIZE
+    python -m headrace.world.nixl_process FD PARENT_PID PATH SIZE ERRORS
 
-FD is a socket of `nixl_messages`; PATH and SIZE are shared memory's. It ends with that socket and with its
-parent.
+FD is a socket of `nixl_messages`; PATH and SIZE are shared memory's; ERRORS is UCX's error handling. It ends
+with that socket and with its parent.
 
 NIXL's transport, UCX, ends its process where it meets what it did not foresee (seen: a reader over TCP that
 stopped for a while and was gone when its source went on), and cannot take back a read that its peer does not
@@ -82,16 +82,17 @@ class _Reading:
 class _Agent:
     """One agent over one piece of memory."""
 
-    def __init__(self, sock: socket.socket, nixl: Any, version: str, path: str, size: int) -> None:
+    def __init__(
+        self, sock: socket.socket, nixl: Any, version: str, path: str, size: int, errors: str
+    ) -> None:
         self._sock = sock
         self._memory = open_shared_memory(path, size)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.buffer))
         self._version = version
         # No progress thread, no listener of NIXL's own; metadata travels in messages of ours.
-        config = nixl.nixl_agent_config(
-            enable_prog_thread=False, enable_listen_thread=False, backends=["UCX"]
-        )
+        config = nixl.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=[])
         self._agent = nixl.nixl_agent(os.urandom(8).hex(), config)
+        self._agent.create_backend("UCX", {"ucx_error_handling_mode": errors})
         memory = self._agent.get_reg_descs([(self._base, size, 0, "")], mem_type="DRAM")
         self._agent.register_memory(memory, backends=["UCX"])
         self._decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
@@ -238,11 +239,11 @@ def _package() -> tuple[Any, str]:
 
 
 def main(arguments: list[str]) -> None:
-    fd, parent, path, size = arguments
+    fd, parent, path, size, errors = arguments
     die_with_parent(int(parent))
     with socket.socket(fileno=int(fd)) as sock:
         nixl, version = _package()
-        _Agent(sock, nixl, version, path, int(size)).run()
+        _Agent(sock, nixl, version, path, int(size), errors).run()
     os._exit(0)  # the transport's own way out can wait for peers
 
 
