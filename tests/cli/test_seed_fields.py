@@ -45,7 +45,12 @@ ADDITIONS: dict[str, tuple[Callable[[Given], object], object, object, object]] =
     "slo.ttft_ms": (lambda g: g["gateway"].slo.ttft_s, 0.2, 500, 0.5),
     "slo.tpot_ms": (lambda g: g["gateway"].slo.tpot_s, 0.05, 20, 0.02),
     "qos.policy": (lambda g: g["gateway"].admission.policy, "predictive", "naive", "naive"),
-    "qos.degrade": (lambda g: g["gateway"].admission.degrade, (), "[max_tokens, n]", ("max_tokens", "n")),
+    "qos.degrade": (
+        lambda g: [(step.lower, step.to, step.above) for step in g["gateway"].admission.degrade],
+        [],
+        "[{lower: max_tokens, to: 64}, {lower: n, to: 1, above: 0.9}]",
+        [("max_tokens", 64, 0.8), ("n", 1, 0.9)],
+    ),
     "pools.prefill.replicas": (lambda g: len(g["pools"].roles()), 12, 5, 13),
 }
 CHECKED: dict[str, object] = {

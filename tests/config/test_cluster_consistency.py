@@ -48,6 +48,10 @@ def scaled(role: str = "both", **content: Any) -> ClusterFile:
             "split_policy.prompt_length_threshold: no prompt has more than 256 tokens",
         ),
         (
+            file(qos={"degrade": [{"lower": "n", "to": 2}, {"lower": "n", "to": 2}]}),
+            "qos.degrade.1: n is down to 2 by then, and 2 is not below",
+        ),
+        (
             file(engine={"max_num_seqs": 64, "max_num_batched_tokens": 32}),
             "engine: max_num_batched_tokens (32) must be at least max_num_seqs (64)",
         ),
@@ -96,6 +100,7 @@ def test_what_can_be_meant_is_let_be(fine: ClusterFile) -> None:
         ),
         (file(transfer={"connector": "tcp", "check_reads": True}), ["transfer.check_reads"]),
         (file(qos={"reject_on_slo_violation": True}), ["qos.reject_on_slo_violation"]),
+        (file(qos={"policy": "naive", "degrade": [{"lower": "n", "to": 1}]}), []),
         (
             file(qos={"enable_early_rejection": True, "reject_on_slo_violation": True}),
             ["qos.low_priority_threshold_ms"],

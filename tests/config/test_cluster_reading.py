@@ -70,7 +70,15 @@ def problems(directory: Path, content: object, *overrides: str) -> tuple[str, ..
         ),
         ({"routing": {"policy": "my.module:"}}, "routing.policy: there is no policy 'my.module:'"),
         ({"qos": {"policy": "guess"}}, "qos.policy: should be 'predictive' or 'naive', got 'guess'"),
-        ({"qos": {"degrade": ["n", "n"]}}, "qos.degrade: n, n names a step twice"),
+        ({"qos": {"degrade": ["n"]}}, "qos.degrade.0: is a section of fields, got 'n'"),
+        (
+            {"qos": {"degrade": [{"lower": "n", "to": 0}]}},
+            "qos.degrade.0.to: should be greater than or equal",
+        ),
+        (
+            {"qos": {"degrade": [{"lower": "n", "to": 1, "abov": 1}]}},
+            "qos.degrade.0.abov: is not a known field; did you mean qos.degrade.0.above?",
+        ),
         ([1], "there are no fields; write for example: pools:"),
         ("", "there are no fields"),
         ("a: [", "this is not YAML"),
@@ -115,7 +123,7 @@ def test_overrides_replace_add_and_are_taken_in_order() -> None:
             "autoscale.prefill.scale_up.kv_cache_usage=90",
             "slo.ttft_ms=1",
             "slo.ttft_ms=400",
-            "qos.degrade=[n, max_tokens]",
+            "qos.degrade=[{lower: n, to: 1}]",
             "cache.reuse_prefix=false",
         ),
     )
@@ -124,7 +132,7 @@ def test_overrides_replace_add_and_are_taken_in_order() -> None:
     assert file.autoscale.prefill.scale_up.kv_cache_usage == 90
     assert file.autoscale.prefill.scale_up.queue_length == 8
     assert file.slo.ttft_ms == 400
-    assert file.qos.degrade == ["n", "max_tokens"]
+    assert [(step.lower, step.to, step.above) for step in file.qos.degrade] == [("n", 1, 0.8)]
     assert not file.cache.reuse_prefix
 
 

@@ -34,6 +34,7 @@ SECTIONS = {
     "transfer": "Transfer",
     "slo": "Slo",
     "qos": "Qos",
+    "qos.degrade": "DegradeStep",
     "autoscale": "Autoscale",
     "autoscale.POOL": "PoolAutoscale",
     "autoscale.POOL.scale_up": "ScaleUp",
@@ -73,7 +74,7 @@ def type_of(value: dict[str, Any]) -> str:
         return " or ".join(f"`{one}`" for one in value["enum"])
     kind = value["type"]
     if kind == "array":
-        return f"list of {type_of(value['items'])}"
+        return "list of sections"
     words = kind if isinstance(kind, str) else " or ".join(kind)
     if "maximum" in value:
         return f"{words}, {value['minimum']} to {value['maximum']}"

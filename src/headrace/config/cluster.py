@@ -51,12 +51,6 @@ def _check_policy(name: str) -> str:
     raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}, and module:Class")
 
 
-def _check_once(names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(names)} names a step twice")
-    return names
-
-
 def _unit(unit: str, **limits: Any) -> Any:
     return Field(json_schema_extra={"unit": unit}, **limits)
 
@@ -238,6 +232,17 @@ class Slo(Section):
     """Time per output token after the first."""
 
 
+class DegradeStep(Section):
+    """What is taken from a request that would have to wait too long."""
+
+    lower: Literal["n", "max_tokens"]
+    """The field of the request that is lowered; the answer says so."""
+    to: Annotated[int, Field(ge=1)]
+    """To so many at most."""
+    above: Annotated[float, Field(gt=0)] = 0.8
+    """When its predicted TTFT or TPOT is above this share of what it may expect."""
+
+
 class Qos(Section):
     """Whether a request may come in, by what it would have to wait."""
 
@@ -250,8 +255,9 @@ class Qos(Section):
     """A low-priority request is refused when its predicted TTFT is above this."""
     reject_on_slo_violation: bool = False
     """Whether a normal one is refused when its predicted TTFT or TPOT is above the SLO."""
-    degrade: Annotated[list[Literal["n", "max_tokens"]], AfterValidator(_check_once)] = []
-    """What may be taken from a request before it is refused, in this order: `n`, `max_tokens`."""
+    degrade: list[DegradeStep] = []
+    """What is taken from a normal or low-priority request before it is refused, step by step while it would
+    wait too long."""
 
 
 class ClusterFile(Section):

@@ -14,12 +14,12 @@ from headrace.config.sizes import parse_size
 
 _MEASURES = ("queue_length", "gpu_utilization", "kv_cache_usage")
 _WEIGHTS = ("prefix_cache_weight", "queue_length_weight", "decode_load_weight")
-_EARLY = ("policy", "low_priority_threshold_ms", "reject_on_slo_violation", "degrade")
+_FORESEEN = ("policy", "low_priority_threshold_ms")
 
 
 def contradictions(file: ClusterFile) -> list[str]:
     """What cannot be meant together; each begins with the field that is wrong."""
-    found = [*_engine(file), *_pools(file)]
+    found = [*_engine(file), *_pools(file), *_ladder(file)]
     for role in ROLES:
         if (scaled := getattr(file.autoscale, role)) is not None:
             found += _scaling(file, role, scaled)
@@ -51,8 +51,12 @@ def remarks(file: ClusterFile) -> list[str]:
     if file.transfer.connector == "tcp":
         why = "transfer.connector is tcp, over which every block is compared anyway"
         found += _tell(why, "transfer", file.transfer, "check_reads")
+    if not foresees(file):
+        why = "acts only with qos.enable_early_rejection: true, or steps of qos.degrade"
+        found += _tell(why, "qos", qos, *_FORESEEN)
     if not qos.enable_early_rejection:
-        found += _tell("acts only with qos.enable_early_rejection: true", "qos", qos, *_EARLY)
+        why = "acts only with qos.enable_early_rejection: true"
+        found += _tell(why, "qos", qos, "reject_on_slo_violation")
     elif qos.reject_on_slo_violation and qos.low_priority_threshold_ms > file.slo.ttft_ms:
         found.append(
             f"qos.low_priority_threshold_ms: at {qos.low_priority_threshold_ms:g} ms it lets low-priority "
@@ -60,6 +64,11 @@ def remarks(file: ClusterFile) -> list[str]:
             f"({file.slo.ttft_ms:g} ms); lower it, or raise slo.ttft_ms"
         )
     return found
+
+
+def foresees(file: ClusterFile) -> bool:
+    """Whether the gateway looks at what a request would have to wait before it lets it in."""
+    return file.qos.enable_early_rejection or bool(file.qos.degrade)
 
 
 def _tell(why: str, section: str, content: Section, *names: str) -> list[str]:
@@ -89,6 +98,19 @@ def _pools(file: ClusterFile) -> list[str]:
             "pools: {prefill: {replicas: 0}}"
         ]
     return []
+
+
+def _ladder(file: ClusterFile) -> list[str]:
+    """A step that another has taken already does nothing."""
+    found, lowest = [], dict[str, int]()
+    for number, step in enumerate(file.qos.degrade):
+        if step.to >= lowest.get(step.lower, step.to + 1):
+            found.append(
+                f"qos.degrade.{number}: {step.lower} is down to {lowest[step.lower]} by then, and {step.to} "
+                "is not below; lower it, or leave the step out"
+            )
+        lowest[step.lower] = step.to
+    return found
 
 
 def _scaling(file: ClusterFile, role: str, scaled: PoolAutoscale) -> list[str]:

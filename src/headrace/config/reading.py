@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -68,6 +68,8 @@ def fields(model: type[BaseModel] = ClusterFile, under: str = "") -> Iterator[st
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, if it holds one."""
+    if get_origin(annotation) is list:
+        return None
     for each in (annotation, *get_args(annotation)):
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each
@@ -128,7 +130,9 @@ def _meant(where: Sequence[str]) -> str:
     *above, name = where
     model: type[BaseModel] = ClusterFile
     for each in above:
-        model = section_of(model.model_fields[each].annotation) or model
+        if each in model.model_fields:  # else a place in a list
+            annotation = model.model_fields[each].annotation
+            model = section_of(annotation) or section_of(get_args(annotation)[0]) or model
     prefix = "".join(f"{each}." for each in above)
     known = list(model.model_fields)
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from headrace.config.cluster import POLICIES, ROLES, ClusterFile, PoolAutoscale
+from headrace.config.consistency import foresees
 
 Says = Callable[[Any, ClusterFile], str]
 """What a field's value does, in words."""
@@ -22,6 +23,7 @@ _SERVES = {
     "decode": "decode, and prefill what is not offloaded",
     "both": "do everything",
 }
+_NOT_FORESEEN = "does not act without enable_early_rejection or degrade"
 _MEASURED = {
     "queue_length": "requests waiting per replica are {} {:g}",
     "gpu_utilization": "utilisation of the accelerators is {} {:g}%",
@@ -61,7 +63,7 @@ def in_words(file: ClusterFile) -> dict[str, list[Line]]:
 
 def _line(section: BaseModel, prefix: str, name: str, says: str, *, acts: bool = True) -> Line:
     default = name not in section.model_fields_set
-    return Line(prefix + name, getattr(section, name), says, default, acts)
+    return Line(prefix + name, section.model_dump()[name], says, default, acts)
 
 
 def _pools(file: ClusterFile) -> Iterator[Line]:
@@ -130,17 +132,19 @@ def _acts_with_cost(says: str, otherwise: str) -> Says:
     return words
 
 
-def _acts_early(says: str, otherwise: str = "") -> Says:
-    """Words for a field that acts with early rejection only; `otherwise` where it is off itself."""
+def _rejects(value: Any, file: ClusterFile) -> str:
+    if not file.qos.enable_early_rejection:
+        return "does not act without enable_early_rejection"
+    slo = f"{file.slo.ttft_ms:g} ms TTFT or {file.slo.tpot_ms:g} ms TPOT"
+    if value:
+        return f"a normal request is refused when it would miss {slo}"
+    return f"a normal request is let in though it would miss {slo}"
 
-    def words(value: Any, file: ClusterFile) -> str:
-        if not file.qos.enable_early_rejection:
-            return "does not act without enable_early_rejection"
-        if not value and otherwise:
-            return otherwise
-        return says.format(value=value, slo=file.slo)
 
-    return words
+def _low_priority(value: Any, file: ClusterFile) -> str:
+    if file.qos.enable_early_rejection:
+        return f"a low-priority request is refused when its TTFT would be above {value:g} ms"
+    return f"a low-priority request is measured by {value:g} ms TTFT" if file.qos.degrade else _NOT_FORESEEN
 
 
 _SENTENCES: dict[str, Says] = {
@@ -211,8 +215,8 @@ _SENTENCES: dict[str, Says] = {
     "slo.ttft_ms": lambda v, f: f"the first token within {v:g} ms",
     "slo.tpot_ms": lambda v, f: f"each further token within {v:g} ms",
     "qos.policy": lambda v, f: (
-        "does not act without enable_early_rejection"
-        if not f.qos.enable_early_rejection
+        _NOT_FORESEEN
+        if not foresees(f)
         else "TTFT and TPOT are foreseen by models fitted to each worker"
         if v == "predictive"
         else "TTFT is foreseen as queue length times average time"
@@ -222,15 +226,10 @@ _SENTENCES: dict[str, Says] = {
         if v
         else "refused only where queues are full"
     ),
-    "qos.low_priority_threshold_ms": _acts_early(
-        "a low-priority request is refused when its TTFT would be above {value:g} ms"
-    ),
-    "qos.reject_on_slo_violation": _acts_early(
-        "a normal request is refused when it would miss {slo.ttft_ms:g} ms TTFT or {slo.tpot_ms:g} ms TPOT",
-        "a normal request is let in though it would miss the SLO",
-    ),
-    "qos.degrade": _acts_early(
-        "before a request is refused, it may lose these in this order",
-        "a request is refused as it is; nothing is taken from it first",
+    "qos.low_priority_threshold_ms": _low_priority,
+    "qos.reject_on_slo_violation": _rejects,
+    "qos.degrade": lambda v, f: (
+        "; ".join(f"{step.lower} down to {step.to} above {step.above:.0%} of what is allowed" for step in v)
+        or "nothing is taken from a request that would wait too long"
     ),
 }
