@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ def byte_tokenizer() -> Tokenizer:
 class ApiHouse:
     """A server in a thread of its own, from `start` to `stop`; calls come from the test's thread."""
 
-    def __init__(self, shape: EngineShape | None = None, *, serving: ServingOptions | None = None) -> None:
+    def __init__(
+        self,
+        shape: EngineShape | None = None,
+        *,
+        serving: ServingOptions | None = None,
+        options: GatewayOptions | None = None,
+    ) -> None:
         self.shape = shape or EngineShape(
             max_model_len=512,
             vocab_size=VOCAB_SIZE,
@@ -74,6 +81,7 @@ class ApiHouse:
         )
         self.tokenizer = byte_tokenizer()
         self.serving = serving or ServingOptions()
+        self.options = replace(options or GatewayOptions(), heartbeat_s=HEARTBEAT_S)
         self.failure: BaseException | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="api house")
@@ -167,7 +175,7 @@ class ApiHouse:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self.metrics = Metrics("hash")
-        self.gateway = Gateway(real_world(), self.metrics, GatewayOptions(heartbeat_s=HEARTBEAT_S))
+        self.gateway = Gateway(real_world(), self.metrics, self.options)
         with tempfile.TemporaryDirectory() as directory:
             await self.gateway.listen(f"unix:{directory}/gateway.sock", own=True)
             await self._dial()

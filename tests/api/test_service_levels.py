@@ -1,0 +1,100 @@
+"""What clients are told of routing and admission: headers, refusals, explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from api_house import EOS, VOCAB_SIZE, ApiHouse
+from house import EngineShape
+
+from headrace.cluster.options import AdmissionOptions, DegradeStep, GatewayOptions, ServiceLevels
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+BODY = {"prompt": [300, 301], "max_tokens": 40, "n": 3, "ignore_eos": True}
+SHAPE = EngineShape(
+    max_model_len=512,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=frozenset({EOS}),
+    max_num_batched_tokens=128,
+    num_blocks=2000,
+)
+AT_ONCE = 1e-9
+"""An SLO that nobody holds."""
+
+
+@pytest.fixture(scope="module")
+def modest() -> Iterator[httpx.Client]:
+    """Takes what it can from every request that is not urgent."""
+    ladder = (DegradeStep(lower="n", to=1), DegradeStep(lower="max_tokens", to=5))
+    options = GatewayOptions(slo=ServiceLevels(ttft_s=AT_ONCE), admission=AdmissionOptions(degrade=ladder))
+    with ApiHouse(SHAPE, options=options) as house, httpx.Client(base_url=house.url, timeout=20) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[httpx.Client]:
+    """Accepts nobody who is not urgent."""
+    admission = AdmissionOptions(
+        early_rejection=True, reject_on_slo_violation=True, low_priority_threshold_s=AT_ONCE
+    )
+    options = GatewayOptions(slo=ServiceLevels(ttft_s=AT_ONCE), admission=admission)
+    with ApiHouse(SHAPE, options=options) as house, httpx.Client(base_url=house.url, timeout=20) as http:
+        yield http
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_degraded_answer_says_what_was_taken_and_has_no_more(modest: httpx.Client, stream: bool) -> None:
+    with modest.stream("POST", TEXT, json=BODY | {"stream": stream}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["X-Headrace-Degraded"] == "n=1, max_tokens=5"
+        text = "".join(answer.iter_text())
+    if not stream:
+        answer_of: dict[str, Any] = modest.post(TEXT, json=BODY).json()
+        assert len(answer_of["choices"]) == 1
+        assert answer_of["choices"][0]["finish_reason"] == "length"
+        assert answer_of["usage"]["completion_tokens"] == 5
+    else:
+        assert '"index":1' not in text.replace(" ", "")
+
+
+def test_chat_is_degraded_alike(modest: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "n": 2, "max_tokens": 50, "ignore_eos": True}
+    answer = modest.post(CHAT, json=body)
+    assert answer.headers["X-Headrace-Degraded"] == "n=1, max_tokens=5"
+    assert len(answer.json()["choices"]) == 1
+
+
+def test_urgent_and_modest_requests_get_what_they_ask_for(modest: httpx.Client) -> None:
+    urgent = modest.post(TEXT, json=BODY | {"priority": -1})
+    assert "X-Headrace-Degraded" not in urgent.headers
+    assert len(urgent.json()["choices"]) == 3
+    small = modest.post(TEXT, json=BODY | {"n": 1, "max_tokens": 2})
+    assert "X-Headrace-Degraded" not in small.headers
+
+
+@pytest.mark.parametrize("priority", [0, 7])
+def test_who_would_wait_too_long_is_told_so_at_once(strict: httpx.Client, priority: int) -> None:
+    answer = strict.post(TEXT, json=BODY | {"priority": priority})
+    assert answer.status_code == 429
+    assert int(answer.headers["Retry-After"]) >= 1
+    error = answer.json()["error"]
+    assert error["type"] == "rate_limit_error"
+    assert error["code"] == "overloaded"
+    assert "would take about" in error["message"]
+    assert strict.post(TEXT, json=BODY | {"priority": -1}).status_code == 200
+
+
+def test_a_decision_can_be_read_back(strict: httpx.Client) -> None:
+    answer = strict.post(TEXT, json=BODY | {"priority": -1}).json()
+    (way,) = strict.get(f"/cluster/requests/{answer['id']}").json()["requests"]
+    (decision,) = way["decisions"]
+    assert decision["policy"] == "cost"
+    assert decision["rule"] == "the only one with room"
+    (candidate,) = decision["candidates"]
+    assert candidate["worker"] == "w"
+    assert candidate["score"] == pytest.approx(sum(candidate["terms"].values()))
+    assert set(candidate["terms"]) == {"uncached", "queue", "decode load", "hot spot"}
+    assert candidate["ttft_s"] > 0
