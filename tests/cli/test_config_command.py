@@ -53,6 +53,22 @@ def test_the_seed_is_told_section_by_section() -> None:
     assert max(map(len, said.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("columns", [40, 80, 110])
+def test_long_values_take_no_room_from_words(columns: int) -> None:
+    model, ladder = f"model=/{'long/' * 20}", "qos.degrade=[{lower: n, to: 1}]"
+    done = CliRunner().invoke(
+        app,
+        ["config", "check", str(SEED), "--set", model, "--set", ladder],
+        env={"COLUMNS": str(columns)},
+    )
+    said = done.stdout.split("What this machine lacks")[0].split("To look at")[0]
+    assert f"/{'long/' * 20}\n" in said
+    assert "1 step " in said
+    assert len(said.splitlines()) < 300
+    widest = max(len(line) for line in said.splitlines() if "long/" not in line and "autoscale:" not in line)
+    assert widest <= max(columns, 84)
+
+
 def test_overrides_are_checked_too() -> None:
     code, said, _ = run("check", str(SEED), "--set", "model=smollm2-135m", "--set", "slo.ttft_ms=500")
     assert code == 0

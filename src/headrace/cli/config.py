@@ -21,6 +21,10 @@ app = typer.Typer(name="config", help="Check a cluster's file; tell what it may 
 
 MAX_WIDTH = 110
 LATER = ": checked by this version; what is marked (later) acts in a later one"
+LONG = 16
+"""Characters of a value that leave the column of values as it is."""
+NARROWEST = 30
+"""Of the column of words, whatever the terminal's width."""
 INVALID = 1
 
 
@@ -89,7 +93,9 @@ def _print_sections(sections: dict[str, list[Line]]) -> None:
         for name, lines in sections.items()
     }
     names = max(len(name) for rows in shown.values() for name, _, _ in rows)
-    values = min(24, max(len(value) for rows in shown.values() for _, value, _ in rows))
+    values = max(len(value) for rows in shown.values() for _, value, _ in rows if len(value) <= LONG)
+    indent = " " * (names + values + 6)
+    width = max(_width(), len(indent) + NARROWEST)
     for section, rows in shown.items():
         if not rows:
             continue
@@ -97,8 +103,13 @@ def _print_sections(sections: dict[str, list[Line]]) -> None:
         for name, value, line in rows:
             begin = f"  {name:{names}}  {value:{values}}  "
             says = line.says + " (later)" * (not line.acts) + " (default)" * line.default
-            for text in textwrap.wrap(begin + says, _width(), subsequent_indent=" " * len(begin)):
-                print(text)
+            if len(begin) > len(indent):
+                print(begin.rstrip())
+                begin = indent
+            first, *rest = textwrap.wrap(says, width - len(indent))
+            print(begin + first)
+            for text in rest:
+                print(indent + text)
 
 
 def _value(line: Line) -> str:
@@ -106,6 +117,8 @@ def _value(line: Line) -> str:
         return "-"
     if isinstance(line.value, str):
         return line.value
+    if isinstance(line.value, list):
+        return f"{len(line.value)} steps" if len(line.value) != 1 else "1 step"
     if isinstance(line.value, float):
         return f"{line.value:g}"
     return json.dumps(line.value)

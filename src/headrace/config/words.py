@@ -73,7 +73,7 @@ def _pools(file: ClusterFile) -> Iterator[Line]:
         if alone and role == "both":
             yield Line(field, 1, "one worker does everything", default)
             continue
-        says = f"{_many(count, 'worker')} that {_SERVES[role]}" if count else "no such worker"
+        says = f"{_many(count, 'worker')} to {_SERVES[role]}" if count else "no such worker"
         if default and getattr(file.autoscale, role) is not None:
             yield Line(field, count, f"{says}, from autoscale.{role}.min_replicas", False)
         else:
