@@ -7,12 +7,15 @@ from collections.abc import Callable
 
 import pytest
 from members import member, step_stats
+from test_admission import Foreseen
 from test_routing import House
 
 from headrace.api.options import gateway_options
+from headrace.cluster.admission import Admission
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import may_split, possible_prefills
 from headrace.config.reading import read_cluster
+from headrace.engine.limits import RequestRefused
 from headrace.protocol.messages import Role
 from headrace.protocol.requests import GenerateRequest, SamplingParams
 
@@ -48,7 +51,25 @@ def hot(**routing: object) -> House:
     return House(busy, other, holds={"holder": 400}, **routing)
 
 
+def admits(priority: int, ttft_s: float, tpot_s: float = 0.01) -> Decides:
+    """What becomes of a request of 4 samples that would wait so long: refused, taken from, or let in."""
+
+    def decides(asked: GatewayOptions) -> object:
+        doors = Admission(asked.admission, asked.slo, Foreseen(ttft_s, tpot_s))
+        request = GenerateRequest(
+            request_id="r", prompt=[1], sampling=SamplingParams(max_tokens=9, n=4), priority=priority
+        )
+        try:
+            return doors.admit([request]).degraded
+        except RequestRefused:
+            return "refused"
+
+    return decides
+
+
 CALM = "split_policy.enable_hotspot_prevention=false"
+EARLY = "qos.enable_early_rejection=true"
+STRICT = "qos.reject_on_slo_violation=true"
 HOLDER_IS_BUSY = chosen(
     lambda **routing: House(member("holder", queued=350), member("other"), holds={"holder": 400}, **routing)
 )
@@ -76,6 +97,12 @@ HOLDS_A_QUARTER = chosen(
             HOLDER_IS_BUSY, [CALM, "split_policy.queue_length_weight=9"], "other",
             "routing.policy=prefix", "holder",
         ),
+        (admits(0, 0.3), [STRICT], (), EARLY, "refused"),
+        (admits(0, 0.3), [EARLY], (), STRICT, "refused"),
+        (admits(1, 0.3), [EARLY], (), "qos.low_priority_threshold_ms=250", "refused"),
+        (admits(0, 0.3), [EARLY, STRICT], "refused", "slo.ttft_ms=400", ()),
+        (admits(0, 0.1, 0.06), [EARLY, STRICT], "refused", "slo.tpot_ms=70", ()),
+        (admits(0, 0.18), [EARLY, STRICT], (), "qos.degrade=[{lower: n, to: 2}]", ("n=2",)),
     ],
 )  # fmt: skip
 def test_a_field_changes_the_decision(
