@@ -21,7 +21,7 @@ from headrace.sim.agent import SimAgent
 from headrace.sim.link import DATACENTRE, LOOPBACK, LinkProfile
 from headrace.sim.loop import CALLBACKS_PER_COLLECTION, SimulationError, VirtualLoop, collected_by_count
 from headrace.sim.network import PACKETS, RETRANSMISSION_TIMEOUT_S, WINDOW_BYTES, SimNetwork, Wiring
-from headrace.world import Memory, MemoryAgent, RandomStreams, TraceValue, World
+from headrace.world import AgentUnavailable, Memory, MemoryAgent, RandomStreams, TraceValue, World
 
 T = TypeVar("T")
 
@@ -77,7 +77,10 @@ class Simulation:
     async def _open_agent(
         self, host: str, path: str, size: int, address: str, report: Callable[[str], None]
     ) -> MemoryAgent:
-        memory = self._open_memory(path, size)
+        try:
+            memory = self._open_memory(path, size)
+        except OSError as error:
+            raise AgentUnavailable(str(error)) from error
         agent = SimAgent(self.network.host(host), memory, host, self._ports)
         await agent.listen()
         return agent
