@@ -22,6 +22,10 @@ def main() -> None:
         from headrace.cli.early import take_signals
 
         take_signals()
+    else:
+        from headrace.cli.interrupts import take_interrupts
+
+        take_interrupts()
     from headrace.cli.app import app
 
     app(prog_name="headrace")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from headrace.cli.errors import INTERRUPTED, clear_errors
+from headrace.cli.errors import clear_errors
+from headrace.cli.interrupts import INTERRUPTED
 from headrace.config import EngineOptions, parse_size
 from headrace.config.bench import (
     DEFAULT_CONCURRENCY,

@@ -9,12 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.cli.errors import INTERRUPTED, clear_errors
+from headrace.cli.errors import clear_errors
+from headrace.cli.interrupts import INTERRUPTED, leaving_on
 
 if TYPE_CHECKING:
     from headrace.bench.endpoint import OpenAIClient
@@ -56,15 +56,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Repeats an answer.", show_default="random")] = None,
 ) -> None:
     """Talk to MODEL. Lines from a pipe are answered one after another. /help lists the commands."""
-    with clear_errors(), contextlib.ExitStack() as stack:
+    with clear_errors(), leaving_on(signal.SIGTERM, signal.SIGHUP), contextlib.ExitStack() as stack:
         from headrace.bench.endpoint import OpenAIClient
         from headrace.cli.conversation import Conversation
         from headrace.cli.private_server import private_server
 
         if url is None and model is None:
             raise ValueError("give a MODEL to serve, or an address with --url")
-        for signum in (signal.SIGTERM, signal.SIGHUP):
-            stack.callback(signal.signal, signum, signal.signal(signum, _leave))
         screen = Screen()
         if url is None and model is not None:
             url = stack.enter_context(private_server(model, screen.note))
@@ -81,10 +79,6 @@ def chat(
                 break
     if screen.closed or (talk.failed and not screen.interactive):
         sys.exit(1)
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
 
 
 class Screen:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-INTERRUPTED = 130
+from headrace.cli.interrupts import interruptible
+
 OUTPUT_CLOSED = 141
 
 
@@ -25,18 +26,16 @@ def clear_errors() -> Iterator[None]:
     from headrace.worker import CannotStartError, EngineLostError, RejectedError
 
     in_cluster = (StartFailedError, WorkerLostError, CannotStartError, EngineLostError, RejectedError)
-    try:
-        yield
-    except BrokenPipeError:  # whoever read the output has gone: what is left of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(OUTPUT_CLOSED)
-    except UnicodeEncodeError as error:
-        _fail(f"the output takes only {error.encoding}; set PYTHONIOENCODING=utf-8")
-    except (ModelError, TextError, *in_cluster, ValueError, OSError) as error:
-        _fail(_one_line(error))
-    except KeyboardInterrupt:
-        print("headrace: interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+    with interruptible():
+        try:
+            yield
+        except BrokenPipeError:  # whoever read the output has gone: what is left of it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(OUTPUT_CLOSED)
+        except UnicodeEncodeError as error:
+            _fail(f"the output takes only {error.encoding}; set PYTHONIOENCODING=utf-8")
+        except (ModelError, TextError, *in_cluster, ValueError, OSError) as error:
+            _fail(_one_line(error))
 
 
 def _fail(text: str) -> NoReturn:

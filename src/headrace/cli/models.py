@@ -1,11 +1,10 @@
 """`headrace models`: what is on this machine, what can be fetched, and getting rid of it again."""
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from headrace.cli.interrupts import interruptible, leaving_on
 from headrace.store import (
     BUILTIN_MODELS,
     ModelError,
@@ -165,14 +165,9 @@ def _facts(model: ModelFiles) -> Iterator[tuple[str, str]]:
 def _plain_errors() -> Iterator[None]:
     """A `ModelError` becomes a message on stderr and exit status 1. SIGTERM leaves nothing behind."""
 
-    def unwind(signum: int, frame: FrameType | None) -> None:
-        sys.exit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    except ModelError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with interruptible(), leaving_on(signal.SIGTERM):
+        try:
+            yield
+        except ModelError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
+from headrace.cli.interrupts import leaving_on
 from headrace.world.launcher import die_with_parent
 
 START_TIMEOUT_S = 600.0
@@ -44,20 +44,13 @@ def private_server(model: str, say: Callable[[str], None], *options: str) -> Ite
         start_new_session=True,
         preexec_fn=lambda: die_with_parent(parent),
     )
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, _leave) for number in signals}
-    try:
-        yield _wait_ready(server, say)
-        if (code := _stop(server)) != 0:
-            raise ServerLostError(f"the server ended with exit code {code}")
-    finally:
-        _stop(server)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
+    with leaving_on(signal.SIGTERM, signal.SIGHUP):
+        try:
+            yield _wait_ready(server, say)
+            if (code := _stop(server)) != 0:
+                raise ServerLostError(f"the server ended with exit code {code}")
+        finally:
+            _stop(server)
 
 
 def _stop(server: subprocess.Popen[str]) -> int:
