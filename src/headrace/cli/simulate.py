@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import typer
 
 from headrace.cli.errors import clear_errors
 from headrace.cli.fleet import fleet
+from headrace.cli.interrupts import leaving_on
 
 if TYPE_CHECKING:
     from headrace.protocol.messages import Role
@@ -66,7 +68,7 @@ def simulate(
     """
     if context.invoked_subcommand is not None:
         return
-    with clear_errors():
+    with clear_errors(), leaving_on(signal.SIGTERM, signal.SIGHUP):
         from headrace.sim.search import search
 
         numbers, scope = _seeds(seeds), _scope(faults, count, only, config, executor)

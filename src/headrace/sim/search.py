@@ -6,7 +6,6 @@ fewest faults, of those that were drawn, with which it still breaks. Lives run i
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from headrace.protocol.messages import Role
 from headrace.sim.cluster import Violation
 from headrace.sim.faults import Fault, Kind
 from headrace.sim.life import CLUSTERS, FAULTS, Computes, Plan, Report, live, plan
+from headrace.sim.processes import in_processes
 
 AGAIN_EVERY = 10
 """Of so many seeds one is lived twice, to see that its life is the same."""
@@ -119,10 +119,9 @@ def search(
             verdict.add(try_life(one))
             heard(verdict)
         return verdict
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(work))) as pool:
-        for found in pool.imap(try_life, work):
-            verdict.add(found)
-            heard(verdict)
+    for found in in_processes(try_life, work, jobs):
+        verdict.add(found)
+        heard(verdict)
     return verdict
 
 
