@@ -157,16 +157,20 @@ class Dispatch:
         return possible_prefills(self._registry.live(), home, self._options.split)
 
     def place_prefill(self, accepted: Accepted, home: Leg) -> Leg | None:
-        """Have a prompt computed for its home by another worker; None: none has room."""
+        """Have a prompt computed for its home by another worker; None: none has room.
+
+        Raises ProtocolError, with nothing changed, for one too long to send.
+        """
         possible = self.possible_prefills(home.member)
         if not possible or accepted.prompt is None:
             return None
         member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
-        leg = self._ledger.open_leg(accepted, f"{home.name}/p", member)
+        name = f"{home.name}/p"
+        self._desk.post(member, Submit(_as_sent(accepted.request, name), leg=LegKind.EXPORT))
+        leg = self._ledger.open_leg(accepted, name, member)
         member.exports += 1
         member.expect(leg.name, uncached)
         self._holdings.sent(member, accepted.prompt, self._world.now())
-        self._desk.post(member, Submit(_as_sent(accepted.request, leg.name), leg=LegKind.EXPORT))
         return leg
 
     def _choose(

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterator
 
 from headrace.cluster.admission import Admission, check_room
+from headrace.cluster.classes import Band, Refusal
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch
 from headrace.cluster.expectation import Naive, Predictive
@@ -24,6 +25,7 @@ from headrace.cluster.registry import Member, MemberState, Registry
 from headrace.cluster.replay import Replays
 from headrace.cluster.stream import OutputStream
 from headrace.engine.limits import ModelLimits, RequestRefused, check_request
+from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import (
     Cancel,
     Drain,
@@ -143,6 +145,7 @@ class Gateway:
         """A member's state is another one; one that is lost is told of by `member_lost`."""
         if not self.is_draining:
             self._report(f"{member.worker_id} is {state.in_words}")
+        self._observer.worker_became(member.info, state)
         self.tell_changed()
 
     def member_failed(self, message: str) -> None:
@@ -262,6 +265,7 @@ class Gateway:
             self.post(leg.member, Cancel(leg.name))
 
     def post(self, member: Member, message: FromGateway) -> None:
+        """Say something to a worker. Raises ProtocolError for what is too long; then nothing was said."""
         try:
             if member.is_live:
                 member.channel.post(message)
@@ -279,8 +283,10 @@ class Gateway:
         try:
             stream = self._submit(*requests)
         except RequestRefused as refused:
-            self._observer.refused(refused.error.code)
+            self._observer.refused(Band.of(requests[0].priority), Refusal.of(refused))
             raise
+        if stream.degraded:
+            self._observer.degraded(Band.of(requests[0].priority), stream.degraded)
         for request in requests:
             self._observer.accepted(request)
         return stream
@@ -301,9 +307,13 @@ class Gateway:
         try:
             for one in accepted:
                 self.place(one)
-        except Exception:  # what cannot be put into a message: all are taken back
+        except Exception as error:  # what cannot be put into a message: all are taken back
             for one in accepted:
                 self._take_back(one)
+            if isinstance(error, ProtocolError):
+                raise RequestRefused(
+                    ErrorCode.INVALID, f"too long to be sent to a worker: {error.reason}"
+                ) from None
             raise
         return stream
 

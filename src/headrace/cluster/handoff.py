@@ -16,6 +16,7 @@ from headrace.cluster.journey import Journey
 from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.registry import Member
+from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import (
     Begin,
     Cancel,
@@ -74,7 +75,7 @@ class Handoffs:
             case ExportOffered(request_id=name, ticket=ticket):
                 accepted = self._ledger.of_leg(name)
                 if accepted is not None and accepted.home is not None:
-                    self._desk.post(accepted.home.member, Fetch(accepted.home.name, ticket))
+                    self._fetch(accepted, Fetch(accepted.home.name, ticket))
             case ImportSettled(request_id=name) as settled:
                 if (accepted := self._home_of(name)) is not None:
                     self._settled(accepted, settled)
@@ -83,13 +84,26 @@ class Handoffs:
                 if accepted is not None and accepted.prefill is not None and accepted.prefill.name == name:
                     self._desk.leave_prefill(accepted)
 
+    def _fetch(self, accepted: Accepted, order: Fetch) -> None:
+        if accepted.home is None:
+            raise RuntimeError("blocks are to be fetched for a request without a home")
+        try:
+            self._desk.post(accepted.home.member, order)
+        except ProtocolError as error:  # no fault of whoever is being heard
+            self._note(accepted, "transfer failed", why=error.reason)
+            self.prefill_over(accepted)
+
     def _start_prefill(self, accepted: Accepted) -> None:
         home = accepted.home
         if home is None:
             raise RuntimeError("a request without a home is to be prefilled")
-        accepted.prefill = self._dispatch.place_prefill(accepted, home)
+        why = "no prefill worker has room"
+        try:
+            accepted.prefill = self._dispatch.place_prefill(accepted, home)
+        except ProtocolError as error:
+            why = f"no prefill worker can be told: {error.reason}"
         if accepted.prefill is None:
-            self._note(accepted, "no prefill worker has room")
+            self._note(accepted, why)
             self._begin(accepted, [])
             return
         accepted.stage = Stage.PREFILLING
