@@ -119,8 +119,12 @@ def plan(
     clusters: Sequence[dict[str, Role]] = CLUSTERS,
     count: int = FAULTS,
     executor: Computes = "hash",
+    connector: Connector | None = None,
 ) -> Plan:
-    """The life of a seed, with `count` faults of these `kinds`, in one of `clusters`."""
+    """The life of a seed, with `count` faults of these `kinds`, in one of `clusters`.
+
+    Without `connector`, the seed draws how blocks move.
+    """
     chance = random.Random(seed)
     roles = chance.choice(list(clusters))
     gateways = chance.choice([1, 1, 2])
@@ -136,8 +140,8 @@ def plan(
         host: (chance.uniform(0, CLOCK_AHEAD_S), 1 + chance.uniform(-CLOCK_RATE, CLOCK_RATE))
         for host in (*names, *roles)
     }
-    connector: Connector = random.Random(f"{seed}, connector").choice(CONNECTORS)
-    drawn = [kind for kind in kinds if kind is not Kind.AGENT or connector != "tcp"]
+    moves: Connector = connector or random.Random(f"{seed}, connector").choice(CONNECTORS)
+    drawn = [kind for kind in kinds if kind is not Kind.AGENT or moves != "tcp"]
     faults = tuple(draw(chance, roles, count, LOAD_S, gateways=names, kinds=drawn))
     acting = ACTING if count >= FAULTS and set(kinds) == set(Kind) else 0
     spare = tuple(draw(chance, roles, 2 * acting, 0.0, gateways=names, kinds=SPARE_KINDS))
@@ -152,7 +156,7 @@ def plan(
         faults,
         acting=acting,
         spare=spare,
-        connector=connector,
+        connector=moves,
     )
 
 
