@@ -16,7 +16,14 @@ from headrace.sim.cost.fit import FitError, MeasuredStep, errors, fit
 from headrace.sim.hash_executor import hash_engine
 
 SHAPE = MODELS["smollm2-135m"]
-TRUE = Rates(linear_flops_per_s=4e11, attention_flops_per_s=1.5e11, bytes_per_s=3e10, step_s=1e-3, row_s=2e-5)
+TRUE = Rates(
+    linear_flops_per_s=4e11,
+    attention_flops_per_s=1.5e11,
+    bytes_per_s=3e10,
+    kv_bytes_per_s=9e9,
+    step_s=1e-3,
+    row_s=2e-5,
+)
 GRID = grid(8192, 64, 512, 40_000)
 
 
@@ -29,6 +36,15 @@ def test_exact_times_give_back_the_rates() -> None:
     found = fit(SHAPE, measured(0.0))
     for field in fields(Rates):
         assert getattr(found, field.name) == pytest.approx(getattr(TRUE, field.name), rel=1e-6), field.name
+
+
+def test_what_no_step_shows_is_as_fast_as_can_be() -> None:
+    # Without prompts no step is bound by the arithmetic of attention.
+    decodes = [step for step in measured(0.0) if all(new == 1 for new, _ in step.rows)]
+    found = fit(SHAPE, decodes)
+    assert found.attention_flops_per_s > 1e15
+    assert found.kv_bytes_per_s == pytest.approx(TRUE.kv_bytes_per_s, rel=0.05)
+    assert errors(StepCost(SHAPE, found), decodes).most < 0.05
 
 
 def test_noise_is_told_on_steps_that_were_not_fitted() -> None:

@@ -15,7 +15,12 @@ SMALL = ModelShape(
     "small", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocab=32, max_positions=99
 )
 RATES = Rates(
-    linear_flops_per_s=1000.0, attention_flops_per_s=500.0, bytes_per_s=2000.0, step_s=0.25, row_s=0.125
+    linear_flops_per_s=1000.0,
+    attention_flops_per_s=500.0,
+    bytes_per_s=2000.0,
+    kv_bytes_per_s=1600.0,
+    step_s=0.25,
+    row_s=0.125,
 )
 
 
@@ -45,10 +50,10 @@ def test_decode_reads_weights_and_cache() -> None:
     )  # reading them takes longer than 2 * 1152 and 2 * 256 operations at 1000/s
     flops = 2 * (1152 + 256) / 1000
     assert flops > weights  # this little machine computes more slowly than it reads
-    attention = max(1 * (100 + 1) * 64 / 500, (100 + 2) * 32 / 2000)
+    attention = max(1 * (100 + 1) * 64 / 500, (100 + 2) * 32 / 1600)
     assert cost.seconds([(1, 100)]) == pytest.approx(0.25 + 0.125 + flops + attention)
     quick = StepCost(SMALL, replace(RATES, linear_flops_per_s=1e9, attention_flops_per_s=1e9))
-    assert quick.seconds([(1, 100)]) == pytest.approx(0.25 + 0.125 + weights + 102 * 32 / 2000)
+    assert quick.seconds([(1, 100)]) == pytest.approx(0.25 + 0.125 + weights + 102 * 32 / 1600)
 
 
 def test_prompts_are_counted_pair_by_pair() -> None:

@@ -14,7 +14,14 @@ from headrace.sim.cost.calibration import Calibration
 from headrace.sim.cost.fit import FitError
 from headrace.sim.fleet_setup import choose_worker
 
-RATES = Rates(linear_flops_per_s=4e11, attention_flops_per_s=1e11, bytes_per_s=3e10, step_s=1e-3, row_s=1e-5)
+RATES = Rates(
+    linear_flops_per_s=4e11,
+    attention_flops_per_s=1e11,
+    bytes_per_s=3e10,
+    kv_bytes_per_s=3e10,
+    step_s=1e-3,
+    row_s=1e-5,
+)
 
 
 def fleet(*options: str) -> tuple[int, str, str]:

@@ -13,7 +13,14 @@ from headrace.sim.loop import VirtualLoop
 from headrace.sim.modelled_executor import ModelledExecutor, ModelledShape, modelled_token
 
 MODEL = ModelShape("m", 2, 8, 4, 2, 2, 16, 1000, 4096)
-RATES = Rates(linear_flops_per_s=1e6, attention_flops_per_s=1e6, bytes_per_s=1e6, step_s=0.001, row_s=0.0001)
+RATES = Rates(
+    linear_flops_per_s=1e6,
+    attention_flops_per_s=1e6,
+    bytes_per_s=1e6,
+    kv_bytes_per_s=1e6,
+    step_s=0.001,
+    row_s=0.0001,
+)
 COST = StepCost(MODEL, RATES)
 
 

@@ -74,6 +74,10 @@ def test_sessions_go_on_with_all_that_was_said() -> None:
 
 
 def test_sessions_end_before_they_are_too_long() -> None:
+    with pytest.raises(
+        ValueError, match="up to 2750 tokens with its answer, and the longest sequence is 2000"
+    ):
+        Sessions().arrivals(200, 0, 2000)
     arrivals = Sessions(turns=50, system_length=500).arrivals(200, 0, 2000)
     assert max(a.input_length + a.output_length for a in arrivals) <= 2000
 

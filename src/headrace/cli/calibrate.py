@@ -170,7 +170,8 @@ def _print(found: Calibration, steps: list[MeasuredStep]) -> None:
     console.print(
         f"linear layers   {rates.linear_flops_per_s / 1e9:10.1f} GFLOP/s\n"
         f"attention       {rates.attention_flops_per_s / 1e9:10.1f} GFLOP/s\n"
-        f"memory          {rates.bytes_per_s / 1e9:10.1f} GB/s\n"
+        f"weights         {rates.bytes_per_s / 1e9:10.1f} GB/s\n"
+        f"KV blocks       {rates.kv_bytes_per_s / 1e9:10.1f} GB/s\n"
         f"each step       {rates.step_s * 1e3:10.2f} ms\n"
         f"each row        {rates.row_s * 1e6:10.1f} µs\n"
         f"off by          {_off(found.held_out)} that were not fitted\n"

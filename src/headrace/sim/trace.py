@@ -12,6 +12,7 @@ have a block in common. A prefix cache can tell no more, so a block's tokens are
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -132,7 +133,16 @@ class Sessions:
     """From one turn to the next: reading, thinking, typing, and the time that the answer took."""
 
     def arrivals(self, count: int, seed: int, max_length: int) -> list[Arrival]:
-        """The first so many requests in order of time; a session ends where it would be too long."""
+        """The first so many requests in order of time; a session ends where it would be too long.
+
+        Raises ValueError where its first turn may be too long already.
+        """
+        most = math.ceil(self.system_length + 1.5 * (self.turn_length + self.output_length))
+        if most > max_length:
+            raise ValueError(
+                f"the first turn of a conversation has up to {most} tokens with its answer, and the longest "
+                f"sequence is {max_length}; shorten it, or give a trace"
+            )
         begun: list[Arrival] = []
         at_s = 0.0
         chance = random.Random(f"{seed} sessions")

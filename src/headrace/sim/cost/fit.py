@@ -20,10 +20,12 @@ from headrace.sim.cost.models import ModelShape
 from headrace.sim.cost.step import Rates, Row, StepCost
 
 ROUNDS = 50
+_FIRST_GUESS = (1e-11, 1e-11, 1e-10, 1e-10, 1e-4, 1e-5)
 LEAST_S_PER_UNIT = 1e-18
 """Of an operation or a byte, where steps show no time for it at all."""
 
-_UNITS = 3  # of the five unknowns: seconds for an operation of matrices, of attention, for a byte
+_UNITS = 4
+"""Of the six unknowns: seconds for an operation of matrices, of attention, for a byte of weights, of KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,12 @@ def fit(shape: ModelShape, steps: Sequence[MeasuredStep]) -> Rates:
 
     Raises ValueError for fewer steps than there are unknowns, or times that are none.
     """
-    if len(steps) < 5:
-        raise ValueError(f"{len(steps)} steps were measured, and 5 rates are sought; measure more")
+    if len(steps) < len(_FIRST_GUESS):
+        sought = len(_FIRST_GUESS)
+        raise ValueError(f"{len(steps)} steps were measured, and {sought} rates are sought; measure more")
     if any(not step.seconds > 0 for step in steps):
         raise ValueError("a measured step took no time")
-    guess = np.array([1e-11, 1e-11, 1e-10, 1e-4, 1e-5])
+    guess = np.array(_FIRST_GUESS)
     best, least = guess, np.inf
     for _ in range(ROUNDS):
         parts = np.array([_linear_in(shape, step.rows, guess) for step in steps])
@@ -80,10 +83,10 @@ def _off(cost: StepCost, step: MeasuredStep) -> float:
 
 
 def _linear_in(shape: ModelShape, rows: Sequence[Row], guess: NDArray[np.float64]) -> list[float]:
-    """What each of the five unknowns is multiplied with, on the sides of the roofs where `guess` is."""
-    operation, attended, byte = guess[:_UNITS]
+    """What each of the six unknowns is multiplied with, on the sides of the roofs where `guess` is."""
+    operation, attended, byte, kv_byte = guess[:_UNITS]
     tokens = sum(new for new, _ in rows)
-    linear_flops = attention_flops = moved = 0.0
+    linear_flops = attention_flops = moved = kv_moved = 0.0
     for weights, positions in ((shape.layer_weights, tokens), (shape.head_weights, len(rows))):
         flops, size = 2.0 * weights * positions, weights * shape.weight_bytes_each
         if flops * operation > size * byte:
@@ -93,20 +96,21 @@ def _linear_in(shape: ModelShape, rows: Sequence[Row], guess: NDArray[np.float64
     for new, context in rows:
         flops = new * (context + 0.5 * (new + 1)) * shape.pair_flops
         size = (context + 2 * new) * shape.kv_bytes
-        if flops * attended > size * byte:
+        if flops * attended > size * kv_byte:
             attention_flops += flops
         else:
-            moved += size
-    return [linear_flops, attention_flops, moved, 1.0, float(len(rows))]
+            kv_moved += size
+    return [linear_flops, attention_flops, moved, kv_moved, 1.0, float(len(rows))]
 
 
 def _least_squares(parts: NDArray[np.float64]) -> NDArray[np.float64]:
     """x of least |parts · x - 1| without a negative component: the best over all sets that may be above 0."""
     steps, unknowns = parts.shape
-    scale = np.maximum(np.abs(parts).max(axis=0), 1e-300)
+    scale = np.abs(parts).max(axis=0)
+    seen = [i for i in range(unknowns) if scale[i] > 0]  # others are multiplied with nothing
     best, least = np.zeros(unknowns), np.inf
-    for size in range(1, unknowns + 1):
-        for chosen in itertools.combinations(range(unknowns), size):
+    for size in range(1, len(seen) + 1):
+        for chosen in itertools.combinations(seen, size):
             some = list(chosen)
             x, *_ = np.linalg.lstsq(parts[:, some] / scale[some], np.ones(steps), rcond=None)
             if (x < 0).any():
@@ -119,11 +123,12 @@ def _least_squares(parts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _rates(found: NDArray[np.float64]) -> Rates:
-    operation, attended, byte, step_s, row_s = map(float, found)
+    operation, attended, byte, kv_byte, step_s, row_s = map(float, found)
     return Rates(
         linear_flops_per_s=1.0 / operation,
         attention_flops_per_s=1.0 / attended,
         bytes_per_s=1.0 / byte,
+        kv_bytes_per_s=1.0 / kv_byte,
         step_s=step_s,
         row_s=row_s,
     )

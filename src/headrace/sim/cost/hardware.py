@@ -46,7 +46,9 @@ class Efficiency:
     attention: float = 0.4
     """Of the peak in attention of prompts: 0.25 to 0.65."""
     memory: float = 0.8
-    """Of the memory's bandwidth: 0.6 to 0.92."""
+    """Of the memory's bandwidth, for weights: 0.6 to 0.92."""
+    kv: float = 0.7
+    """Of the memory's bandwidth, for KV blocks: 0.5 to 0.9."""
     link: float = 0.7
     """Of the bandwidth between devices in all-reduces: 0.5 to 0.85."""
     nic: float = 0.9
@@ -84,6 +86,7 @@ def rates_of(one: Device, efficiency: Efficiency | None = None) -> Rates:
         linear_flops_per_s=one.flops_per_s * part.linear,
         attention_flops_per_s=one.flops_per_s * part.attention,
         bytes_per_s=one.bytes_per_s * part.memory,
+        kv_bytes_per_s=one.bytes_per_s * part.kv,
         step_s=part.step_s,
         row_s=part.row_s,
         link_bytes_per_s=one.link_bytes_per_s * part.link,

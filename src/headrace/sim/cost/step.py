@@ -5,7 +5,7 @@
     linear       max(2 · weights · tokens / linear FLOP/s, weight bytes / bytes/s); the output projection
                  multiplies one position for each row
     attention    for each row max(pairs of query and visible position · FLOPs of a pair / attention FLOP/s,
-                 KV bytes read and written / bytes/s)
+                 KV bytes read and written / KV bytes/s)
     all-reduce   with n devices, two in each layer, of tokens · hidden elements: 2 (n - 1) / n of the bytes
                  over a device's link (the bound of any all-reduce), and a fixed latency each
 
@@ -36,7 +36,9 @@ class Rates:
     linear_flops_per_s: float
     attention_flops_per_s: float
     bytes_per_s: float
-    """Of memory: weights and KV."""
+    """Of memory, for weights."""
+    kv_bytes_per_s: float
+    """Of memory, for KV blocks, which lie here and there."""
     step_s: float
     """What a step takes beside its rows: launching, planning, committing."""
     row_s: float
@@ -47,7 +49,10 @@ class Rates:
     """Latency of one all-reduce."""
 
     def __post_init__(self) -> None:
-        for name in ("linear_flops_per_s", "attention_flops_per_s", "bytes_per_s", "link_bytes_per_s"):
+        for name in (
+            *("linear_flops_per_s", "attention_flops_per_s"),
+            *("bytes_per_s", "kv_bytes_per_s", "link_bytes_per_s"),
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("step_s", "row_s", "all_reduce_s"):
@@ -86,7 +91,7 @@ class StepCost:
         self._pair_s = shape.pair_flops / (devices * rates.attention_flops_per_s)
         # Devices beyond the number of kv heads keep copies, so that each has ceil(kv_heads / devices).
         kept = -(-shape.kv_heads // devices) / shape.kv_heads
-        self._position_s = shape.kv_bytes * kept / rates.bytes_per_s
+        self._position_s = shape.kv_bytes * kept / rates.kv_bytes_per_s
         wire = 2.0 * (devices - 1) / devices * shape.hidden * ACTIVATION_BYTES / rates.link_bytes_per_s
         self._reduce_token_s = 2 * shape.layers * wire
         self._reduce_s = 2 * shape.layers * rates.all_reduce_s if devices > 1 else 0.0
