@@ -140,7 +140,8 @@ def plan(
         host: (chance.uniform(0, CLOCK_AHEAD_S), 1 + chance.uniform(-CLOCK_RATE, CLOCK_RATE))
         for host in (*names, *roles)
     }
-    moves: Connector = connector or random.Random(f"{seed}, connector").choice(CONNECTORS)
+    drawn_connector = random.Random(f"{seed}, connector").choice(CONNECTORS)
+    moves = drawn_connector if connector is None else connector
     drawn = [kind for kind in kinds if kind is not Kind.AGENT or moves != "tcp"]
     faults = tuple(draw(chance, roles, count, LOAD_S, gateways=names, kinds=drawn))
     acting = ACTING if count >= FAULTS and set(kinds) == set(Kind) else 0
