@@ -163,3 +163,37 @@ def test_fields_are_the_leaves() -> None:
     assert "pools.prefill.replicas" in found
     assert "autoscale.decode.scale_down.kv_cache_usage" in found
     assert len(found) == len(set(found)) > 50
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 20_000, "this is not YAML: it is nested too deeply"),
+        ("model: 2026-13-45", "this is not YAML: '2026-13-45' is no timestamp"),
+        ('model: x\nslo: {ttft_ms: !!int "abc"}', "this is not YAML: 'abc' is no int"),
+        ('model: !!float "0x_"', "this is not YAML: '0x_' is no float"),
+        ('model: !!bool "abc"', "this is not YAML: 'abc' is no bool"),
+        ('model: !!timestamp "abc"', "this is not YAML: 'abc' is no timestamp"),
+    ],
+    ids=["deep", "date", "int", "float", "bool", "timestamp"],
+)
+def test_what_yaml_itself_cannot_read_is_told_with_file_and_place(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    (problem,) = problems(tmp_path, content)
+    assert problem.startswith(said)
+    if "nested" not in said:
+        assert f", line {1 + content.count(chr(10))}, column " in problem
+    with pytest.raises(ConfigError, match="the value is not YAML"):
+        read_cluster(
+            None, ("model=" + content.partition(": ")[2] if ": " in content else "model=" + content,)
+        )
+
+
+def test_a_value_without_end_is_shown_in_part(tmp_path: Path) -> None:
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+    )
+    found = problems(tmp_path, bomb + "model: *j\npools: *j\n")
+    assert all(len(problem) < 3000 for problem in found)
+    assert any(problem.startswith("pools: is a section of fields, got [[") for problem in found)

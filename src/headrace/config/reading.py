@@ -7,6 +7,7 @@ is refused by name, with the known field that it may have meant.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -37,6 +38,28 @@ class _EachKeyOnce(yaml.SafeLoader):
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.MarkedYAMLError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
+            # What the library's converters raise for text that is not of its type, without its place.
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(None, None, f"{node.value!r} is no {kind}", node.start_mark) from None
+
+
+def _parse(text: str) -> Any:
+    """Raises YAMLError."""
+    try:
+        return yaml.load(text, _EachKeyOnce)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 2
+"""How a value that is not taken is shown: one that names itself, or others many times, has no end."""
 
 
 def read_cluster(path: Path | None, overrides: Sequence[str] = ()) -> ClusterFile:
@@ -78,7 +101,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text("utf-8"), _EachKeyOnce)
+        content = _parse(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"this is not YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(content, dict):
@@ -93,7 +116,7 @@ def _override(content: dict[str, Any], text: str) -> None:
     if not equals or not all(names):
         raise ConfigError(f"--set {text}", ["give KEY.PATH=VALUE, as in split_policy.prefill_queue_max=16"])
     try:
-        parsed = yaml.load(value, _EachKeyOnce)
+        parsed = _parse(value)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"--set {text}", [f"the value is not YAML: {' '.join(str(error).split())}"]
@@ -120,9 +143,9 @@ def _problem(error: Any) -> str:
     if error["type"] == "value_error":  # our own words
         return f"{field}: {error['ctx']['error']}"
     if error["type"] == "model_type":
-        return f"{field}: is a section of fields, got {error['input']!r}"
+        return f"{field}: is a section of fields, got {_SHORT.repr(error['input'])}"
     said = error["msg"].removeprefix("Input ").lower()
-    return f"{field}: {said}, got {error['input']!r}"
+    return f"{field}: {said}, got {_SHORT.repr(error['input'])}"
 
 
 def _meant(where: Sequence[str]) -> str:
