@@ -140,3 +140,15 @@ def test_the_memory_of_all_workers_is_looked_at_before_any_starts(
 
 def test_how_many_may_wait_is_an_option_of_a_joining_worker_too() -> None:
     assert "--max-waiting" in CliRunner().invoke(app, ["worker", "--help"], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.parametrize(
+    "workers", [("--decode", "99999999999999999999"), ("--prefill", "200", "--both", "100")]
+)
+def test_more_workers_than_a_machine_can_have_are_refused_at_once(
+    serve: Any, workers: tuple[str, ...]
+) -> None:
+    code, output, given = serve(*workers)
+    assert code == 1
+    assert "one server starts at most 256; let more join with headrace worker" in output
+    assert not given

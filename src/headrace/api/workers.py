@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from headrace.world.credentials import Credentials
 
 WORKER_COMMAND = (sys.executable, "-m", "headrace.worker.process")
+MAX_WORKERS = 256
+"""Of one server, each of them two processes with weights and KV cache of its own."""
 ALONE = "engine"
 """What the only worker of a server is called."""
 
@@ -47,6 +49,11 @@ class Pools:
     def __post_init__(self) -> None:
         if self.prefill and not (self.decode or self.both):
             raise ValueError("workers that only prefill need others that decode; add --decode")
+        if (count := self.prefill + self.decode + self.both) > MAX_WORKERS:
+            raise ValueError(
+                f"{count} workers are asked for, and one server starts at most {MAX_WORKERS}; let more join "
+                "with headrace worker"
+            )
 
     def roles(self) -> dict[str, Role]:
         """Each worker's name and role."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROGRESS_S = 2.0
 VIOLATIONS = 1
 COUNT = 10
+MAX_WORKERS = 64
 AGAIN_EVERY = 10
 
 
@@ -182,6 +183,11 @@ def _workers(config: Path) -> dict[str, Role]:
     from headrace.protocol.messages import Role
 
     counts = read_cluster(config).replicas()
+    if sum(counts.values()) > MAX_WORKERS:
+        raise ValueError(
+            f"{config}: pools: {sum(counts.values())} workers, and a history has at most {MAX_WORKERS}; "
+            "headrace simulate fleet takes more"
+        )
     workers = {f"{role}{number}": role for role in Role for number in range(counts[role])}
     if not any(role.decodes for role in workers.values()):
         raise ValueError(f"{config}: pools: no worker decodes; add one, as in both: {{replicas: 1}}")

@@ -23,7 +23,8 @@ def check_memory(shapes: Iterable[Sequence[int]], options: EngineOptions, engine
     if available is None or engines * (weights + options.kv_cache_memory) <= available:
         return
     who = f"each of {engines} workers" if engines > 1 else "the engine"
-    remedy = "start fewer, lower it" if engines > 1 else "lower it"
+    fit = available // (weights + options.kv_cache_memory)
+    remedy = f"start {fit}, which would fit, lower it" if engines > 1 and fit else "lower it"
     raise MemoryError(
         f"{who} needs {format_size(weights)} for weights and --kv-cache-memory is "
         f"{format_size(options.kv_cache_memory)}, and {format_size(available)} are available; "
