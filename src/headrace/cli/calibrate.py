@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +43,12 @@ def calibrate(
         Path, typer.Option(help="Where to write what was found; `simulate fleet --hardware` reads it.")
     ] = Path("calibration.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each step is run; the median counts.")] = 5,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time", help="Count seconds of CPU, where other work runs beside; with --threads 1 only."
+        ),
+    ] = False,
     dtype: DtypeOption = DEFAULTS.dtype,
     quantization: QuantizationOption = DEFAULTS.quantization,
     threads: Threads = DEFAULTS.threads,
@@ -65,6 +73,8 @@ def calibrate(
             raise ValueError(f"cannot write {output}: there is no directory {output.parent}")
         with PullProgress() as progress:
             files = resolve(model, progress)
+        if cpu_time and threads != 1:
+            raise ValueError("--cpu-time: threads wait for each other and compute meanwhile; add --threads 1")
         shape = ModelShape.from_config(files.name, files.config)  # refused before anything is loaded
         print(f"headrace: loading {files.name} …", file=sys.stderr, flush=True)
         built = build_engine(
@@ -81,7 +91,8 @@ def calibrate(
             )
         )
         try:
-            found, steps = asyncio.run(_calibrate(built, shape, quantization == "int8", repeats))
+            clock = time.process_time if cpu_time else time.perf_counter
+            found, steps = asyncio.run(_calibrate(built, shape, quantization == "int8", repeats, clock))
         finally:
             built.engine.executor.close()
         found.write(output)
@@ -89,14 +100,14 @@ def calibrate(
         if found.held_out.mean > NOISY:
             print(
                 "\nheadrace: do not trust these figures: steps took now long and now short, as they do "
-                "beside other work; run it again while nothing else runs, or with more --repeats",
+                "beside other work; run it again while nothing else runs, or with --threads 1 --cpu-time",
                 file=sys.stderr,
             )
         print(f"\nwritten to {output}; use it with: headrace simulate fleet --hardware {output}")
 
 
 async def _calibrate(
-    built: BuiltEngine, shape: ModelShape, int8: bool, repeats: int
+    built: BuiltEngine, shape: ModelShape, int8: bool, repeats: int, clock: Callable[[], float]
 ) -> tuple[Calibration, list[MeasuredStep]]:
     from dataclasses import replace
 
@@ -125,8 +136,8 @@ async def _calibrate(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(wanted) * (repeats + 1))
-        steps = await measure(engine, wanted, repeats, heard=lambda: progress.advance(task))
-    loop_step_s, loop_row_s = await measure_loop(engine)
+        steps = await measure(engine, wanted, repeats, clock, heard=lambda: progress.advance(task))
+    loop_step_s, loop_row_s = await measure_loop(engine, clock)
     fitted, held = split(steps)
     rates = fit(shape, fitted)
     cost = StepCost(shape, rates)

@@ -110,7 +110,9 @@ def fleet(
         max_model_len = min(max_model_len, worker.cost.shape.max_positions)
         options = FleetOptions(
             cost=worker.cost,
-            **pools,
+            prefill=pools["prefill"],
+            decode=pools["decode"],
+            both=pools["both"],
             cache_tokens=cache_tokens,
             block_size=block_size,
             max_model_len=max_model_len,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -99,7 +98,7 @@ async def measure(
     engine: Engine,
     steps: Sequence[tuple[Row, ...]],
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
     heard: Callable[[], None] = lambda: None,
 ) -> list[MeasuredStep]:
     """Run all steps `repeats` times in turn, after one round that is not counted; each with its median.
@@ -168,7 +167,7 @@ class _Timed(Executor):
         self._inner.close()
 
 
-async def measure_loop(engine: Engine, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
+async def measure_loop(engine: Engine, clock: Callable[[], float]) -> tuple[float, float]:
     """What planning and committing take: seconds of a step, and of each row of it."""
     timed = _Timed(engine.executor, clock)
     beside = Engine(engine.scheduler, timed)
