@@ -6,11 +6,12 @@ know messages, requests or models, and imports no torch.
 
 from headrace.world.agent import AgentUnavailable, MemoryAgent, ReadFailed
 from headrace.world.network import ConnectFailed, Connection, ConnectionLost, Handler, Listener, Network
-from headrace.world.random import RandomStreams
+from headrace.world.random import Chance, RandomStreams
 from headrace.world.world import Memory, TraceValue, World, real_world
 
 __all__ = [
     "AgentUnavailable",
+    "Chance",
     "ConnectFailed",
     "Connection",
     "ConnectionLost",

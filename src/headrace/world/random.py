@@ -10,6 +10,9 @@ import hashlib
 import os
 import random
 
+Chance = random.Random
+"""One stream of random numbers."""
+
 
 class RandomStreams:
     """Independent generators by name; the same name gives the same generator, which goes on where it was."""

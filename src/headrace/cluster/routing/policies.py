@@ -7,7 +7,6 @@ clusters of which less is known.
 from __future__ import annotations
 
 import importlib
-import random
 from hashlib import blake2b
 
 import numpy as np
@@ -16,6 +15,7 @@ from headrace.cluster.facts import Column
 from headrace.cluster.options import RoutingOptions
 from headrace.cluster.routing.candidates import Candidates
 from headrace.cluster.routing.policy import Policy, Terms
+from headrace.world import Chance
 
 BUSY = 0.1
 """A worker below this share of its time is no hot spot, however idle the others are."""
@@ -128,7 +128,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def policy_of(options: RoutingOptions, chance: random.Random) -> Policy:
+def policy_of(options: RoutingOptions, chance: Chance) -> Policy:
     """The policy that `options` name. Raises ValueError, saying what there is."""
     name = options.policy
     if name in POLICIES:

@@ -8,7 +8,6 @@ worker is chosen instead, and the decision says so.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +21,7 @@ from headrace.cluster.routing.candidates import Candidates, Wish
 from headrace.cluster.routing.decision import Decision
 from headrace.cluster.routing.policies import policy_of
 from headrace.cluster.routing.policy import Terms
+from headrace.world import Chance
 
 
 class Router:
@@ -31,7 +31,7 @@ class Router:
         self,
         options: RoutingOptions,
         holdings: Holdings,
-        chance: random.Random,
+        chance: Chance,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Raises ValueError for a policy that there is not. `report` gets lines for people."""
