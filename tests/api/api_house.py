@@ -174,7 +174,7 @@ class ApiHouse:
     async def _live(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.metrics = Metrics("hash")
+        self.metrics = Metrics("hash", self.loop.time, self.options)
         self.gateway = Gateway(real_world(), self.metrics, self.options)
         with tempfile.TemporaryDirectory() as directory:
             await self.gateway.listen(f"unix:{directory}/gateway.sock", own=True)

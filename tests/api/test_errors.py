@@ -280,7 +280,7 @@ def test_an_engine_lost_in_the_middle_of_a_stream_is_an_event_in_it() -> None:
 
 def test_a_model_without_a_chat_template_says_so() -> None:
     model = ServedModel("plain", byte_tokenizer(), None)
-    server = Server(Gateway(real_world()), model, Metrics("plain"), random.Random(0))
+    server = Server(Gateway(real_world()), model, Metrics("plain", real_world().now), random.Random(0))
     transport = httpx.ASGITransport(create_app(server))
 
     async def ask() -> httpx.Response:
@@ -297,7 +297,7 @@ def test_a_failure_of_our_own_is_a_500_without_details() -> None:
             raise ZeroDivisionError("a secret path")
 
     model = ServedModel("broken", byte_tokenizer(), ChatTemplate(TEMPLATE))
-    server = Server(Broken(real_world()), model, Metrics("broken"), random.Random(0))
+    server = Server(Broken(real_world()), model, Metrics("broken", real_world().now), random.Random(0))
     transport = httpx.ASGITransport(create_app(server), raise_app_exceptions=False)
 
     async def ask() -> httpx.Response:

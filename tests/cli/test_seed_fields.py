@@ -44,6 +44,7 @@ ADDITIONS: dict[str, tuple[Callable[[Given], object], object, object, object]] =
     "routing.policy": (lambda g: g["gateway"].routing.policy, "cost", "prefix", "prefix"),
     "slo.ttft_ms": (lambda g: g["gateway"].slo.ttft_s, 0.2, 500, 0.5),
     "slo.tpot_ms": (lambda g: g["gateway"].slo.tpot_s, 0.05, 20, 0.02),
+    "slo.objective": (lambda g: g["gateway"].slo.objective, 0.95, 0.99, 0.99),
     "qos.policy": (lambda g: g["gateway"].admission.policy, "predictive", "naive", "naive"),
     "qos.degrade": (
         lambda g: [(step.lower, step.to, step.above) for step in g["gateway"].admission.degrade],

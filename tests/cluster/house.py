@@ -6,7 +6,7 @@ import asyncio
 import random
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvloop
@@ -171,13 +171,15 @@ def in_house(
     shape: EngineShape | None = None,
     *,
     observer: GatewayObserver | None = None,
+    options: GatewayOptions | None = None,
     seed: int = 0,
 ) -> str:
     """Run `body` with a gateway and a connected engine; returns the trace hash of a simulated run."""
     shape = shape or EngineShape()
 
     async def live(world: World, simulation: Simulation | None, address: str, engine: str) -> None:
-        gateway = Gateway(world, observer, GatewayOptions(heartbeat_s=HEARTBEAT_S))
+        asked = replace(options or GatewayOptions(), heartbeat_s=HEARTBEAT_S)
+        gateway = Gateway(world, observer, asked)
         house = House(shape, world, simulation, gateway, engine)
         await gateway.listen(address, own=True)
         try:

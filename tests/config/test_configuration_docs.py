@@ -80,7 +80,9 @@ def type_of(value: dict[str, Any]) -> str:
         return f"{words}, {value['minimum']} to {value['maximum']}"
     if "minimum" in value:
         return f"{words}, at least {value['minimum']}"
-    return f"{words}, above {value['exclusiveMinimum']}" if "exclusiveMinimum" in value else words
+    if "exclusiveMinimum" in value:
+        words += f", above {value['exclusiveMinimum']}"
+    return f"{words}, below {value['exclusiveMaximum']}" if "exclusiveMaximum" in value else words
 
 
 def documented(title: str) -> list[str]:

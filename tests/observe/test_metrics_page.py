@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from headrace.cluster.options import AdmissionOptions, DegradeStep, GatewayOptions
 from headrace.observe import Metrics
 from headrace.observe.metrics import PREFIX
 from headrace.protocol.messages import EngineInfo, Role, WorkerInfo
@@ -33,7 +34,8 @@ INFO = EngineInfo(
 
 
 def exposed() -> dict[str, tuple[str, frozenset[str]]]:
-    metrics = Metrics("m")
+    ladder = (DegradeStep(lower="n", to=1),)
+    metrics = Metrics("m", lambda: 0.0, GatewayOptions(admission=AdmissionOptions(degrade=ladder)))
     metrics.engine_up(WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, data_address="", engine=INFO))
     return {
         family.name.removeprefix(PREFIX): (

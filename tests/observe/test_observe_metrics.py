@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.cluster.options import GatewayOptions
 from headrace.engine.limits import RequestRefused
 from headrace.observe import Metrics
 from headrace.observe.metrics import PREFIX
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from house import EngineShape, House, collect, in_house, request
 
 STEP_S = 0.01
+NORMAL = {"class": "normal"}
 
 
 class Page:
@@ -50,13 +52,16 @@ class Page:
         return int(self[f"{name}_count"]), self[f"{name}_sum"]
 
 
-def measured(body: Callable[[House, Metrics], Awaitable[None]], **shape: float) -> None:
-    metrics = Metrics("hash")
+def measured(
+    body: Callable[[House, Metrics], Awaitable[None]], options: GatewayOptions | None = None, **shape: float
+) -> None:
+    metrics = Metrics("hash", lambda: asyncio.get_running_loop().time(), options)
 
     async def live(house: House) -> None:
         await body(house, metrics)
 
-    in_house("virtual", live, EngineShape(**{"step_s": STEP_S, **shape}), observer=metrics)  # type: ignore[arg-type]
+    engine = EngineShape(**{"step_s": STEP_S, **shape})  # type: ignore[arg-type]
+    in_house("virtual", live, engine, observer=metrics, options=options)
 
 
 def seconds(count: int, total: float) -> tuple[int, object]:
@@ -168,7 +173,7 @@ def test_how_sequences_end() -> None:
 
         with pytest.raises(RequestRefused):
             house.gateway.submit(request("long", prompt=[1] * 1000))
-        assert Page(metrics).labelled("request_refused_total", reason="invalid") == 1
+        assert Page(metrics).labelled("request_refused_total", **NORMAL, reason="invalid") == 1
 
         await house.grow_old()
         lost = house.gateway.submit(request("lost", max_tokens=100))
@@ -180,7 +185,7 @@ def test_how_sequences_end() -> None:
         assert page["engine_up"] == page["num_requests_running"] == page["kv_cache_usage_perc"] == 0
         with pytest.raises(RequestRefused):
             house.gateway.submit(request("late"))
-        assert Page(metrics).labelled("request_refused_total", reason="unavailable") == 1
+        assert Page(metrics).labelled("request_refused_total", **NORMAL, reason="unavailable") == 1
 
     measured(body, max_num_seqs=1)
 
@@ -238,7 +243,7 @@ def test_facts_about_the_engine() -> None:
 
 
 def test_the_page_before_there_is_an_engine() -> None:
-    metrics = Metrics('a "quoted" name\n')
+    metrics = Metrics('a "quoted" name\n', lambda: 0.0)
     families = list(text_string_to_metric_families(metrics.text().decode()))
     assert all(
         sample.labels["model_name"] == 'a "quoted" name\n' for family in families for sample in family.samples
@@ -247,7 +252,7 @@ def test_the_page_before_there_is_an_engine() -> None:
 
 
 def test_tokens_that_come_together_share_their_time() -> None:
-    metrics = Metrics("hash")
+    metrics = Metrics("hash", lambda: 0.0)
     metrics.first_tokens(0.5, 2, 7)
     metrics.next_tokens(0.3, 3)
     page = Page(metrics)

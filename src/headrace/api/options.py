@@ -31,7 +31,9 @@ def gateway_options(file: ClusterFile) -> GatewayOptions:
             hotspot_prevention=split.enable_hotspot_prevention,
             min_cache_hit_ratio=file.cache.min_cache_hit_ratio,
         ),
-        slo=ServiceLevels(ttft_s=file.slo.ttft_ms / 1e3, tpot_s=file.slo.tpot_ms / 1e3),
+        slo=ServiceLevels(
+            ttft_s=file.slo.ttft_ms / 1e3, tpot_s=file.slo.tpot_ms / 1e3, objective=file.slo.objective
+        ),
         admission=AdmissionOptions(
             policy=qos.policy,
             early_rejection=qos.enable_early_rejection,

@@ -63,8 +63,9 @@ class Service:
         self._signalled = asyncio.Event()
         self._door = door
         self._world = real_world(door.credentials if door is not None else None, say)
-        self._metrics = Metrics(options.served_name)
-        self._slo = (gateway or GatewayOptions()).slo
+        gateway = gateway or GatewayOptions()
+        self._metrics = Metrics(options.served_name, self._world.now, gateway)
+        self._slo = gateway.slo
         self._pools = pools or Pools()
         key = door.credentials.cluster_key if door is not None else os.urandom(CACHE_KEY_BYTES)
         self._cluster = LocalCluster(
@@ -79,7 +80,7 @@ class Service:
             ),
             listen=door.address if door is not None else None,
             observer=self._metrics,
-            options=replace(gateway or GatewayOptions(), revision=files.revision, cache_key=key),
+            options=replace(gateway, revision=files.revision, cache_key=key),
             report=say,
         )
         self._http: HttpServer | None = None

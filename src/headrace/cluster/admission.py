@@ -10,31 +10,19 @@ A high-priority request is neither degraded nor refused while there is room.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from headrace.cluster.classes import Band, Slo, WouldWait
 from headrace.cluster.expectation import Expectation, Foresight
 from headrace.cluster.ledger import Accepted
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest
-
-
-class Band(enum.StrEnum):
-    """Classes of service, by a request's priority: below 0, 0, above 0."""
-
-    HIGH = "high"
-    NORMAL = "normal"
-    LOW = "low"
-
-    @classmethod
-    def of(cls, priority: int) -> Band:
-        return cls.NORMAL if priority == 0 else cls.HIGH if priority < 0 else cls.LOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +43,7 @@ class Admission:
         self._foresight = foresight
 
     def admit(self, requests: Sequence[GenerateRequest]) -> Admitted:
-        """Raises RequestRefused, OVERLOADED, with the estimate and when to try again."""
+        """Raises WouldWait with the estimate and when to try again."""
         options = self._options
         band = Band.of(requests[0].priority)
         if band is Band.HIGH or not (options.early_rejection or options.degrade):
@@ -69,7 +57,7 @@ class Admission:
             lower = [_lowered(request, step) for request in requests]
             if lower != list(requests):
                 requests, worst = lower, _lowered(worst, step)
-                taken.append(f"{step.lower}={step.to}")
+                taken.append(step.in_words)
                 expected = self._foresight.expect(worst)
         if expected is not None and self._refuses(expected, band):
             raise self._refusal(expected, band)
@@ -90,14 +78,14 @@ class Admission:
             return False
         return self._pressure(expected, band) > 1.0
 
-    def _refusal(self, expected: Expectation, band: Band) -> RequestRefused:
+    def _refusal(self, expected: Expectation, band: Band) -> WouldWait:
         limit_s = self._limit_s(band)
         late = expected.ttft_s > limit_s
         name = "first token" if late else "each further token"
         found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._slo.tpot_s)
         retry_after_s = max(1, math.ceil(expected.ttft_s - limit_s)) if late else 1
-        return RequestRefused(
-            ErrorCode.OVERLOADED,
+        return WouldWait(
+            Slo.TTFT if late else Slo.TPOT,
             f"the {name} would take about {found_s * 1e3:.0f} ms, and a request of {band} priority is "
             f"accepted up to {most_s * 1e3:.0f} ms; try again in {retry_after_s} s",
             retry_after_s=retry_after_s,

@@ -73,6 +73,10 @@ class Delivery:
         if sample.tokens:
             self._observer.next_tokens(now - sample.last_s, len(output.tokens))
             return
+        sample.first_s = now
+        if not accepted.answered:
+            accepted.answered = True
+            self._observer.answered(accepted.request, now - accepted.began_s)
         prompt = len(accepted.request.prompt) if output.index == 0 else 0
         self._observer.first_tokens(now - accepted.began_s, len(output.tokens), prompt)
         if output.index == 0:
@@ -95,8 +99,12 @@ class Delivery:
         accepted.journey.note(now, f"ended: {reason}", sample=index, tokens=len(sample.tokens))
         if not accepted.samples:
             self._over(accepted)
+            if reason is FinishReason.ERROR and not accepted.answered:
+                self._observer.answered(request, None)
+        after_first = len(sample.tokens) - 1
+        tpot_s = (sample.last_s - sample.first_s) / after_first if after_first > 0 else None
         self._observer.ended(
-            Ending(reason, request, index, len(sample.tokens), now - accepted.began_s, times)
+            Ending(reason, request, index, after_first + 1, now - accepted.began_s, times, tpot_s)
         )
 
 

@@ -37,6 +37,8 @@ class Sample:
 
     tokens: list[int] = field(default_factory=list)
     """All that was delivered."""
+    first_s: float = 0.0
+    """When its first token came."""
     last_s: float = 0.0
     counts_as: FinishReason = FinishReason.CANCELLED
     """What its ending is, should it end by being cancelled."""
@@ -77,6 +79,8 @@ class Accepted:
     waits_since_s: float | None = None
     """When it had no worker at last; how often it found one without room since does not matter."""
     ended: list[int] = field(default_factory=list)
+    answered: bool = False
+    """Whether any sample has a token."""
     told_prompt: bool = False
     """Whether the number of cached tokens, and the prompt's log-probabilities, were delivered."""
 

@@ -7,10 +7,13 @@ clocks are never subtracted from each other.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from headrace.cluster.classes import Band, Refusal
+from headrace.cluster.registry import MemberState
 from headrace.protocol.messages import ImportSettled, SequenceTimes, StepStats, WorkerInfo
-from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
+from headrace.protocol.requests import FinishReason, GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,9 @@ class Ending:
     e2e_s: float
     times: SequenceTimes | None
     """The engine's own; None for what ended without it."""
+    tpot_s: float | None
+    """By the gateway's clock, from its first token to its last over the tokens after the first; None for
+    fewer than two."""
 
 
 class GatewayObserver:
@@ -34,6 +40,9 @@ class GatewayObserver:
 
     def engine_lost(self, worker_id: str) -> None:
         """The worker is gone; its requests go on elsewhere or end."""
+
+    def worker_became(self, worker: WorkerInfo, state: MemberState) -> None:
+        """A worker that is there is in another state."""
 
     def step(self, worker_id: str, stats: StepStats) -> None:
         """A step was committed, or requests ended without one."""
@@ -47,8 +56,17 @@ class GatewayObserver:
     def accepted(self, request: GenerateRequest) -> None:
         """A request was handed to the engine."""
 
-    def refused(self, code: ErrorCode) -> None:
+    def refused(self, band: Band, why: Refusal) -> None:
         """A client asked for what the gateway does not accept, or not now."""
+
+    def degraded(self, band: Band, steps: Collection[str]) -> None:
+        """A client's requests were accepted with less than was asked for, as `n=1`."""
+
+    def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
+        """The first token of a request came so long after it; None where it ended in an error before one.
+
+        Once for a request, whichever of its samples came first; never for one that was cancelled before.
+        """
 
     def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         """A sample's first tokens came so long after its request.

@@ -40,6 +40,8 @@ class ServiceLevels:
 
     ttft_s: float = 0.2
     tpot_s: float = 0.05
+    objective: float = 0.95
+    """The share of requests that should get it; what is missing to 1 is the error budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,10 @@ class DegradeStep:
     to: int
     above: float = 0.8
     """When its predicted TTFT or TPOT is above this share of what it may expect."""
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.lower}={self.to}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

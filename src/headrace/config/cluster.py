@@ -230,6 +230,9 @@ class Slo(Section):
     """Time to the first token."""
     tpot_ms: Milliseconds = 50.0
     """Time per output token after the first."""
+    objective: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """The share of requests that should get this, of each class; attainment and burn rate are measured by
+    it."""
 
 
 class DegradeStep(Section):

@@ -214,6 +214,7 @@ _SENTENCES: dict[str, Says] = {
     ),
     "slo.ttft_ms": lambda v, f: f"the first token within {v:g} ms",
     "slo.tpot_ms": lambda v, f: f"each further token within {v:g} ms",
+    "slo.objective": lambda v, f: f"for {v:.4g} of the requests of each class; metrics and alerts go by it",
     "qos.policy": lambda v, f: (
         _NOT_FORESEEN
         if not foresees(f)

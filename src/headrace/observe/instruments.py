@@ -7,7 +7,8 @@ metrics take a lock and walk all buckets for each number; these are plain number
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -33,20 +34,36 @@ class Counter:
         return family
 
 
-class CounterBy:
-    """A total for each value of one label, all of which are known beforehand."""
+class _By:
+    """A number for each combination of the values of some labels, all of which are known beforehand."""
 
-    __slots__ = ("label", "name", "text", "values")
+    __slots__ = ("labels", "name", "text", "values")
+    _family: type[CounterMetricFamily] | type[GaugeMetricFamily]
 
-    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
-        self.name, self.text, self.label = name, text, label
-        self.values = dict.fromkeys(values, 0.0)
+    def __init__(self, name: str, text: str, labels: Mapping[str, Iterable[str]]) -> None:
+        self.name, self.text, self.labels = name, text, tuple(labels)
+        self.values = dict.fromkeys(product(*labels.values()), 0.0)
+        """By the values of the labels, in their order."""
 
     def family(self, labels: Labels) -> Metric:
-        family = CounterMetricFamily(self.name, self.text, labels=[*labels, self.label])
-        for value, total in self.values.items():
-            family.add_metric([*labels.values(), value], total)
+        family = self._family(self.name, self.text, labels=[*labels, *self.labels])
+        for values, number in self.values.items():
+            family.add_metric([*labels.values(), *values], number)
         return family
+
+
+class CounterBy(_By):
+    """Totals that only grow."""
+
+    __slots__ = ()
+    _family = CounterMetricFamily
+
+
+class GaugeBy(_By):
+    """Numbers that are now so."""
+
+    __slots__ = ()
+    _family = GaugeMetricFamily
 
 
 class Gauge:
@@ -106,4 +123,4 @@ class Histogram:
         return family
 
 
-Instrument = Counter | CounterBy | Gauge | Info | Histogram
+Instrument = Counter | CounterBy | Gauge | GaugeBy | Info | Histogram

@@ -7,7 +7,7 @@ with another prefix, so that dashboards carry over; what vLLM has no name for is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 from prometheus_client import generate_latest
@@ -17,10 +17,14 @@ from prometheus_client.registry import Collector
 
 from headrace import __version__
 from headrace.cluster import Ending, GatewayObserver
-from headrace.observe.instruments import Counter, CounterBy, Gauge, Histogram, Info, Instrument
+from headrace.cluster.classes import Band, Refusal, Slo
+from headrace.cluster.options import GatewayOptions
+from headrace.cluster.registry import MemberState
+from headrace.observe.instruments import Counter, CounterBy, Gauge, GaugeBy, Histogram, Info, Instrument
+from headrace.observe.service_levels import WINDOWS, Attainment, ServiceRecord
 from headrace.protocol.handoff import Cause
-from headrace.protocol.messages import EngineInfo, ImportSettled, StepStats, WorkerInfo
-from headrace.protocol.requests import ErrorCode, FinishReason, GenerateRequest
+from headrace.protocol.messages import EngineInfo, ImportSettled, Role, StepStats, WorkerInfo
+from headrace.protocol.requests import FinishReason, GenerateRequest
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 PREFIX = "headrace:"
@@ -48,6 +52,8 @@ _FINISHED = {
 }
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 TRANSFERRED = "transferred"
+_MET = {True: "true", False: "false"}
+_THERE = [state for state in MemberState if state is not MemberState.DOWN]
 _Totals = tuple[int, int, int, int]
 _NO_TOTALS = (0, 0, 0, 0)
 
@@ -57,7 +63,9 @@ _Instrument = TypeVar("_Instrument", bound=Instrument)
 class Metrics(GatewayObserver, Collector):
     """Metrics of one served model. Times in seconds."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, now: Callable[[], float], options: GatewayOptions | None = None) -> None:
+        """`now` is the clock of the gateway's world, in seconds; `options` are the gateway's."""
+        options = options or GatewayOptions()
         self._labels = {"model_name": model}
         self._all: list[Instrument] = []
         add = self._add
@@ -70,6 +78,9 @@ class Metrics(GatewayObserver, Collector):
             Gauge("kv_cache_efficiency_perc", "Share of the positions of held KV blocks that carry a token.")
         )
         self._up = add(Gauge("engine_up", "Engines that are connected."))
+        self._workers = add(
+            GaugeBy("workers", "Workers that are there, by role and state.", {"role": Role, "state": _THERE})
+        )
         self._weight_bytes = add(Gauge("model_weight_bytes", "Size of the weights in the precision served."))
         self._kv_bytes = add(Gauge("kv_cache_bytes", "Size of the KV cache."))
 
@@ -83,16 +94,22 @@ class Metrics(GatewayObserver, Collector):
             CounterBy(
                 "request_success",
                 "Sequences that have ended, by how.",
-                "finished_reason",
-                list(_FINISHED.values()),
+                {"finished_reason": _FINISHED.values()},
             )
         )
         self._refused = add(
             CounterBy(
                 "request_refused",
-                "Requests that were not accepted, by why.",
-                "reason",
-                list(map(str, ErrorCode)),
+                "Requests that were not accepted, by class and why.",
+                {"class": Band, "reason": Refusal},
+            )
+        )
+        ladder = dict.fromkeys(step.in_words for step in options.admission.degrade)
+        self._degraded = add(
+            CounterBy(
+                "request_degraded",
+                "Requests that were accepted with less than was asked for, by class and what was lowered.",
+                {"class": Band, "step": ladder},
             )
         )
         self._replays = add(
@@ -102,8 +119,7 @@ class Metrics(GatewayObserver, Collector):
             CounterBy(
                 "kv_transfers",
                 "Transfers of a prompt's KV blocks between workers, by how they ended.",
-                "outcome",
-                [TRANSFERRED, *map(str, Cause)],
+                {"outcome": [TRANSFERRED, *Cause]},
             )
         )
         self._moved_bytes = add(Counter("kv_transfer_bytes", "KV bytes fetched from other workers."))
@@ -112,6 +128,28 @@ class Metrics(GatewayObserver, Collector):
         self._kernel_s = add(Counter("kernel_seconds", "Time of steps that was spent in kernels."))
 
         self._ttft = add(Histogram("time_to_first_token_seconds", "From request to first token.", _TTFT_S))
+        self._record = ServiceRecord(options, now)
+        levels: dict[str, Iterable[str]] = {"class": Band, "slo": Slo}
+        self._judged = add(
+            CounterBy(
+                "slo_requests",
+                "Requests and sequences by whether they got what their class may expect.",
+                {**levels, "met": _MET.values()},
+            )
+        )
+        self._limits = add(GaugeBy("slo_limit_seconds", "What requests of a class may expect.", levels))
+        for (band, slo), limit_s in self._record.limits_s.items():
+            self._limits.values[band, slo] = limit_s
+        self._objective = add(Gauge("slo_objective_ratio", "The share of requests that should get it."))
+        self._objective.value = self._record.objective
+        over = {**levels, "window": WINDOWS}
+        self._attained = add(
+            GaugeBy("slo_attainment_ratio", "The share that got it, over a window; 1 without any.", over)
+        )
+        self._burn = add(
+            GaugeBy("slo_burn_rate", "How fast the error budget is spent; 1 is as fast as may be.", over)
+        )
+
         self._itl = add(Histogram("inter_token_latency_seconds", "From one token to the next.", _TOKEN_S))
         self._tpot = add(
             Histogram(
@@ -152,6 +190,7 @@ class Metrics(GatewayObserver, Collector):
         self._model_info = add(Info("model_info", "What the engine serves and how it computes."))
         self._cache_info = add(Info("cache_config_info", "How the KV cache is cut."))
         self._efficiency.value = 1.0
+        self._states: dict[str, tuple[str, str]] = {}  # role and state of each worker
         self._generations: dict[str, int] = {}
         self._last_totals: dict[str, _Totals] = {}
         self._last_stats: dict[str, StepStats] = {}
@@ -159,12 +198,20 @@ class Metrics(GatewayObserver, Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every metric as it is now."""
+        for one in self._record.attainment():
+            over = one.band, one.slo, one.window
+            self._attained.values[over] = 1.0 if one.ratio is None else one.ratio
+            self._burn.values[over] = one.burn_rate or 0.0
         for instrument in self._all:
             yield instrument.family(self._labels)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self)
+
+    def attainment(self) -> list[Attainment]:
+        """Which share of requests got what their class may expect, by class, limit and window."""
+        return list(self._record.attainment())
 
     def _add(self, instrument: _Instrument) -> _Instrument:
         instrument.name = PREFIX + instrument.name
@@ -180,6 +227,7 @@ class Metrics(GatewayObserver, Collector):
             self._engine_starts.value += 1
             self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
         self._infos[worker_id] = info
+        self.worker_became(worker, MemberState.UP)
         self._sum_up()
         self._model_info.facts = {
             "revision": info.revision,
@@ -200,9 +248,18 @@ class Metrics(GatewayObserver, Collector):
 
     def engine_lost(self, worker_id: str) -> None:
         """Nothing runs, waits or is held where there is no engine."""
+        if (was := self._states.pop(worker_id, None)) is not None:
+            self._workers.values[was] -= 1
         self._infos.pop(worker_id, None)
         self._last_stats.pop(worker_id, None)
         self._sum_up()
+
+    def worker_became(self, worker: WorkerInfo, state: MemberState) -> None:
+        if (was := self._states.pop(worker.worker_id, None)) is not None:
+            self._workers.values[was] -= 1
+        if state is not MemberState.DOWN:
+            self._states[worker.worker_id] = worker.role, state
+            self._workers.values[worker.role, state] += 1
 
     def step(self, worker_id: str, stats: StepStats) -> None:
         self._last_stats[worker_id] = stats
@@ -219,7 +276,7 @@ class Metrics(GatewayObserver, Collector):
         self._replays.value += 1
 
     def handed_over(self, settled: ImportSettled) -> None:
-        self._handoffs.values[str(settled.cause or TRANSFERRED)] += 1
+        self._handoffs.values[settled.cause or TRANSFERRED,] += 1
         if settled.imported:
             self._moved_bytes.value += settled.bytes_moved
             self._moved_s.observe(settled.move_s)
@@ -245,8 +302,19 @@ class Metrics(GatewayObserver, Collector):
         self._params_n.observe(request.sampling.n)
         self._params_max_tokens.observe(request.sampling.max_tokens)
 
-    def refused(self, code: ErrorCode) -> None:
-        self._refused.values[str(code)] += 1
+    def refused(self, band: Band, why: Refusal) -> None:
+        self._refused.values[band, why] += 1
+
+    def degraded(self, band: Band, steps: Collection[str]) -> None:
+        for step in steps:
+            self._degraded.values[band, step] += 1
+
+    def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
+        self._judge(Band.of(request.priority), Slo.TTFT, ttft_s)
+
+    def _judge(self, band: Band, slo: Slo, took_s: float | None) -> None:
+        met = self._record.judge(band, slo, took_s)
+        self._judged.values[band, slo, _MET[met]] += 1
 
     def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self._ttft.observe(ttft_s)
@@ -258,7 +326,11 @@ class Metrics(GatewayObserver, Collector):
         self._generation_tokens.value += tokens
 
     def ended(self, ending: Ending) -> None:
-        self._finished.values[_FINISHED[ending.reason]] += 1
+        self._finished.values[_FINISHED[ending.reason],] += 1
+        failed = ending.reason is FinishReason.ERROR
+        if failed or (ending.reason in _COMPLETE and ending.tpot_s is not None):
+            took_s = None if failed else ending.tpot_s
+            self._judge(Band.of(ending.request.priority), Slo.TPOT, took_s)
         self._e2e.observe(ending.e2e_s)
         self._request_output.observe(ending.output_tokens)
         if (times := ending.times) is None or times.queue_s is None:

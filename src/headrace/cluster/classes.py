@@ -1,0 +1,57 @@
+"""Classes of service: whose request it is, what is measured of it, and why it was not let in.
+
+Words that admission decides by and that those who measure count by; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from headrace.engine.limits import RequestRefused
+from headrace.protocol.requests import ErrorCode
+
+
+class Band(enum.StrEnum):
+    """Classes of service, by a request's priority: below 0, 0, above 0."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @classmethod
+    def of(cls, priority: int) -> Band:
+        return cls.NORMAL if priority == 0 else cls.HIGH if priority < 0 else cls.LOW
+
+
+class Slo(enum.StrEnum):
+    """What a request may expect a limit for: its first token, and each further one on average."""
+
+    TTFT = "ttft"
+    TPOT = "tpot"
+
+
+class WouldWait(RequestRefused):
+    """Refused for what it is foreseen to wait: which limit it would miss."""
+
+    def __init__(self, slo: Slo, message: str, *, retry_after_s: int) -> None:
+        super().__init__(ErrorCode.OVERLOADED, message, retry_after_s=retry_after_s)
+        self.slo = slo
+
+
+class Refusal(enum.StrEnum):
+    """Why a request was not accepted."""
+
+    INVALID = "invalid"  # it can never be served as it is
+    QUEUE_FULL = "queue_full"
+    PREDICTED_TTFT = "predicted_ttft"
+    PREDICTED_TPOT = "predicted_tpot"
+    UNAVAILABLE = "unavailable"  # no worker serves
+
+    @classmethod
+    def of(cls, refused: RequestRefused) -> Refusal:
+        if isinstance(refused, WouldWait):
+            return cls.PREDICTED_TTFT if refused.slo is Slo.TTFT else cls.PREDICTED_TPOT
+        code = refused.error.code
+        if code is ErrorCode.OVERLOADED:
+            return cls.QUEUE_FULL
+        return cls.INVALID if code is ErrorCode.INVALID else cls.UNAVAILABLE
