@@ -159,7 +159,14 @@ def test_reasons_are_told_apart() -> None:
             line for line in busy.splitlines() if line.startswith(f"headrace:{name}{{") and labels in line
         )
         busy = busy.replace(line, f"{line.rpartition(' ')[0]} {count}.0")
+    busy += "# TYPE headrace:request_degraded_total counter\n"
+    for band, count in (("normal", 3), ("low", 1)):
+        labels = f'model_name="smollm2-135m",class="{band}",step="n=1"'
+        busy += f"headrace:request_degraded_total{{{labels}}} {count}.0\n"
     shown = frame(reading(1), Reading.of(APART_S, cluster(2), busy))
+    assert shown.degradations == {"n=1": 4}
+    assert "4 degraded" in text(shown, 80)
+    assert "4 degraded: n=1 4" in text(shown, 200)
     assert shown.refusals == {"overloaded": 7}
     assert shown.transfer_failures == {"stalled": 2, "lost": 3}
     assert "5 failed: lost 3, stalled 2" in text(shown, 80)

@@ -77,6 +77,8 @@ class Frame:
     transfer_failures: Mapping[str, int]
     replays: int
     refusals: Mapping[str, int]
+    degradations: Mapping[str, int]
+    """Requests that were accepted with less than was asked for, by what was lowered."""
     workers: tuple[Worker, ...]
 
 
@@ -154,6 +156,7 @@ def _frame(now: Reading, base: Reading | None, recent: Reading | None) -> Frame:
         transfer_failures=outcomes,
         replays=int(came("request_replays")),
         refusals=came_by("request_refused", "reason"),
+        degradations=came_by("request_degraded", "step"),
         workers=tuple(
             sorted(
                 (_worker(one, before.get(one["id"])) for one in now.cluster["workers"]),

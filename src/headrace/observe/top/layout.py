@@ -72,7 +72,9 @@ def _lines(frame: Frame) -> Group:
     moved = f"{frame.transfers} moved", f"{_bytes(frame.transfer_bytes_per_s)}/s"
     failed = _tally(frame.transfer_failures, _BAD, "failed")
     rows.add_row(_name("Transfers"), *moved, f"p50 {_seconds(frame.transfer_p50_s)}", failed)
-    rows.add_row(_name("Trouble"), _replays(frame), "", "", _tally(frame.refusals, _BAD, "refused"))
+    degraded = sum(frame.degradations.values())
+    few = Text(f"{degraded} degraded", _FAIR if degraded else "")
+    rows.add_row(_name("Trouble"), _replays(frame), few, "", _tally(frame.refusals, _BAD, "refused"))
     return Group(rows, Text(f"{' ' * 13}{covers(frame)}", _DIM))
 
 
@@ -85,6 +87,7 @@ def _requests(frame: Frame) -> Group:
     rows.add_row(_label("tokens"), *tokens)
     rows.add_row(_label("prefix"), f"hit rate {_percent(frame.hit_rate)}", "")
     rows.add_row(_label("trouble"), _replays(frame), _tally(frame.refusals, _BAD, "refused"))
+    rows.add_row("", "", _tally(frame.degradations, _FAIR, "degraded"))
     return Group(_name("Requests"), rows)
 
 
