@@ -34,7 +34,7 @@ ROLES = {"prefill-1": Role.PREFILL, "decode-1": Role.DECODE, "decode-2": Role.DE
 THRESHOLD = 64
 LAPSE_S = 2.0
 STEP_TIMEOUT_S = 1.5
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 
 
 class Tally(GatewayObserver):

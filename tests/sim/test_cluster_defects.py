@@ -15,17 +15,19 @@ import pytest
 
 from headrace.cluster.handoff import Handoffs
 from headrace.cluster.ledger import Accepted
+from headrace.config.engine import Connector
 from headrace.engine.blocks import Pin
 from headrace.engine.cache import KVCache
 from headrace.engine.handoff import Handoffs as EngineHandoffs
 from headrace.protocol.engine_messages import Continue, Release
 from headrace.protocol.messages import Role
 from headrace.protocol.requests import FinishReason, Progress
+from headrace.sim.agent import SimAgent
 from headrace.sim.cluster import Violation
 from headrace.sim.connection import SimConnection
 from headrace.sim.faults import Kind
-from headrace.sim.life import live
-from headrace.sim.search import Scope
+from headrace.sim.life import live, plan
+from headrace.transfer import target
 from headrace.transfer.lease import State
 from headrace.transfer.source import Exports
 from headrace.worker.imports import Imports
@@ -189,6 +191,24 @@ def skip_the_checksums(patch: Patch) -> None:
     patch.setattr(SimConnection, "write_from", write_from)
 
 
+def skip_the_checksums_of_reads(patch: Patch) -> None:
+    """Nobody compares what was read with what is at the source."""
+
+    async def wrong(self: SimAgent, offsets: Any, size: int) -> list[int]:
+        return [0 for _ in offsets]
+
+    patch.setattr(SimAgent, "checksums", wrong)
+
+
+def end_a_pull_under_its_read(patch: Patch) -> None:
+    """A pull that is given up ends while its read still writes."""
+
+    async def wrong(task: Any) -> None:
+        pass
+
+    patch.setattr(target, "_over", wrong)
+
+
 def stop_without_draining(patch: Patch) -> None:
     """A worker that is to drain leaves at once."""
 
@@ -209,6 +229,7 @@ class Case:
     plant: Callable[[Patch], None]
     seed: int
     kinds: tuple[Kind, ...] = tuple(Kind)
+    connector: Connector = "tcp"
 
 
 CASES = [
@@ -223,6 +244,8 @@ CASES = [
     Case(free_a_dropped_import_under_its_pull, 33),
     Case(skip_the_quarantine, 2),
     Case(skip_the_checksums, 2),
+    Case(skip_the_checksums_of_reads, 1, (Kind.CORRUPT,), "auto"),
+    Case(end_a_pull_under_its_read, 14, connector="auto"),
     Case(stop_without_draining, 0, (Kind.DRAIN,)),
     Case(leave_the_orphans_of_a_gateway, 6),
 ]
@@ -232,7 +255,7 @@ CASES = [
 def test_a_planted_defect_is_caught(case: Case, monkeypatch: Patch) -> None:
     case.plant(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017  # which promise it breaks first is of no matter
-        live(case.seed, Scope(case.kinds).plan(case.seed))
+        live(case.seed, plan(case.seed, kinds=case.kinds, connector=case.connector))
 
 
 def test_a_ticket_of_a_former_life_opens_nothing(monkeypatch: Patch) -> None:
@@ -242,7 +265,8 @@ def test_a_ticket_of_a_former_life_opens_nothing(monkeypatch: Patch) -> None:
     so these are of the kinds that it takes, at the two workers that it takes.
     """
     kinds = (Kind.ENGINE, Kind.STALE, Kind.CUT_ONE_WAY, Kind.CUT)
-    planned = Scope(kinds, (("p", Role.PREFILL), ("d", Role.DECODE)), 14).plan(18)
+    clusters = [{"p": Role.PREFILL, "d": Role.DECODE}]
+    planned = plan(18, kinds=kinds, clusters=clusters, count=14, connector="tcp")
     live(18, planned)
     ignore_the_generation_of_tickets_that_repeat(monkeypatch)
     with pytest.raises(Violation, match="gave other blocks for a ticket"):
