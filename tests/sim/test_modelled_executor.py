@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 
 from headrace.engine import Engine
-from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams
+from headrace.protocol.requests import FinishReason, GenerateRequest, SamplingParams, SequenceOutput
 from headrace.sim.cost import ModelShape, Rates, StepCost
 from headrace.sim.loop import VirtualLoop
 from headrace.sim.modelled_executor import ModelledExecutor, ModelledShape, modelled_token
@@ -109,11 +109,28 @@ def test_a_stride_waits_for_no_prompt() -> None:
     assert lengths == [[1], [4], [1, 1], [4, 4], [2]]
 
 
+class Watched(Engine):
+    """An engine that counts steps in which some rows bring several tokens and others compute a prompt."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.scheduler, engine.executor)
+        self.strides_beside_prompts = 0
+
+    async def step(self) -> list[SequenceOutput]:
+        outputs = await super().step()
+        if self.last_step is not None:
+            plan, result = self.last_step
+            recomputed = any(row.count > 2 for row in plan.rows)
+            self.strides_beside_prompts += recomputed and max(map(len, result.tokens)) > 1
+        return outputs
+
+
 def test_preempted_sequences_are_computed_again() -> None:
     requests = [ask(f"r{i}", 100, 100, seed=i) for i in range(3)]
-    tight = shape(2, num_blocks=28).build()  # room for two of them at their ends
+    tight = Watched(shape(2, num_blocks=28).build())  # room for two of them at their ends
     tokens, endings, took_s = run(tight, *requests)
     assert tight.scheduler.counters.preemptions > 0
+    assert tight.strides_beside_prompts == 0
     assert set(endings.values()) == {FinishReason.LENGTH}
     for request in requests:
         assert tokens[request.request_id] == shape().expected(request, 0).tokens
