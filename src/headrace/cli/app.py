@@ -10,6 +10,7 @@ from headrace.cli.chat import chat
 from headrace.cli.cluster import drain, explain, status
 from headrace.cli.config import app as config
 from headrace.cli.demo import demo
+from headrace.cli.deploy import app as deploy
 from headrace.cli.gateway import gateway
 from headrace.cli.generate import generate
 from headrace.cli.models import app as models
@@ -41,5 +42,6 @@ app.command()(top)
 app.command()(calibrate)
 app.command()(version)
 app.add_typer(config, name="config")
+app.add_typer(deploy, name="deploy")
 app.add_typer(simulate, name="simulate")
 app.add_typer(models, name="models")
