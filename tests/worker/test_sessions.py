@@ -71,14 +71,16 @@ class Idle:
         return lambda *arguments: Heartbeat(0, 0.0) if name == "heartbeat" else None
 
 
-def life(main: Callable[[Simulation, Session], Coroutine[Any, Any, None]]) -> list[str]:
+def life(
+    main: Callable[[Simulation, Session], Coroutine[Any, Any, None]], orders: Idle | None = None
+) -> list[str]:
     """What a session of worker w with a gateway at g:1 says to people while `main` plays the gateway."""
     lines: list[str] = []
 
     async def both(simulation: Simulation) -> None:
         _, engine = EngineShape().build()
         info = WorkerInfo(worker_id="w", generation=1, role=Role.BOTH, data_address="", engine=engine)
-        session = Session(simulation.world("w"), "g:1", info, Idle(), lines.append)
+        session = Session(simulation.world("w"), "g:1", info, orders or Idle(), lines.append)
         running = asyncio.create_task(session.run())
         await main(simulation, session)
         running.cancel()
@@ -124,6 +126,29 @@ def test_each_reason_for_not_being_a_member_is_told_once_and_its_end_too() -> No
         "joined the gateway at g:1",
     ]
     assert len(lines) <= 7  # the end of this listener is no surprise any more
+
+
+def test_who_drains_and_loses_its_gateway_leaves_without_a_word() -> None:
+    orders = Idle()
+    hellos = 0
+
+    async def main(simulation: Simulation, session: Session) -> None:
+        async def welcome(connection: Connection) -> None:
+            nonlocal hellos
+            channel: Channel[FromWorker] = Channel(connection, receives=FromWorker)
+            await channel.receive()
+            hellos += 1
+            channel.post(Welcome(1.0, 10.0))
+            await asyncio.sleep(1.0)
+            orders.draining = True
+
+        listener = await simulation.world("g").network.listen("g:1", welcome)
+        await asyncio.sleep(0.5)
+        await listener.close()
+        await asyncio.sleep(30.0)
+
+    assert life(main, orders) == []
+    assert hellos == 1
 
 
 @pytest.mark.parametrize("answer", [None, Rejected("another is called so", later=True)])

@@ -102,11 +102,11 @@ class Session:
         return self._address
 
     async def run(self) -> None:
-        """Be a member until cancelled. Raises RejectedError."""
+        """Be a member until cancelled; while it drains, until this gateway is gone. Raises RejectedError."""
         while True:
             trouble = await self._attempt()
-            if self._left:
-                return
+            if self._left or self._orders.draining:
+                return  # what it owed this gateway is over, and it is to get nothing new
             if trouble and trouble not in self._said:
                 self._said.add(trouble)
                 self._report(f"{trouble}; dialling again")
