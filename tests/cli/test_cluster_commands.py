@@ -91,3 +91,55 @@ def test_an_address_without_its_scheme_is_refused() -> None:
 def test_a_name_that_no_path_could_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="has no '/' in it, got 'a/b'"):
         WorkerOptions(worker_id="a/b")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:abc",
+        "http://a b/",
+        "http://[::1",
+        "http://",
+        "http://127.0.0.1:99999",
+        "http://h/\x01",
+    ],
+)
+def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
+    code, output = run("status", "--url", url)
+    assert code == 1
+    assert "is no address of HTTP; give http://HOST:PORT" in output
+
+
+@pytest.mark.parametrize("key", ["abc\r", "a\nb", "ключ"])
+def test_a_key_that_no_header_can_carry_is_not_the_servers_fault(key: str) -> None:
+    code, output = run("status", "--url", "http://127.0.0.1:9", "--api-key", key)
+    assert code == 1
+    assert "the API key (--api-key, HEADRACE_API_KEY) has characters that no header can carry" in output
+
+
+@pytest.mark.parametrize("command", ["explain", "drain"])
+def test_a_name_may_be_any_bytes_but_none(command: str) -> None:
+    code, output = run(command, "", "--url", "http://127.0.0.1:9")
+    assert code == 1
+    assert "is empty; headrace status shows what there is" in output
+    missing = b'{"error": {"message": "there is none"}}'
+    answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+        len(missing),
+        missing,
+    )
+    with answering(answer) as url:
+        code, output = run(command, "\udcff", "--url", url)
+    assert (code, output) == (1, "headrace: error: there is none\n")
+
+
+def test_workers_join_over_tcp_only_and_have_names() -> None:
+    for command in (("gateway", "m", "--port", "0", "--listen"), ("worker", "m", "--join")):
+        code, output = run(*command, "unix:/tmp/nobody.sock")
+        assert code == 1
+        assert "unix:/tmp/nobody.sock: workers join over TCP, and show certificates; give HOST:PORT" in output
+
+
+def test_a_host_of_another_machine_is_not_mended_by_another_port() -> None:
+    code, output = run("serve", "m", "--host", "192.0.2.1", "--port", "0")
+    assert code == 1
+    assert "choose another --host, an address of this machine" in output

@@ -69,7 +69,8 @@ def cluster_routes(server: Server) -> APIRouter:
         check_operator(request)
         member = gateway.registry.get(worker_id)
         if member is None or not member.is_live:
-            raise ApiError(404, f"there is no worker {worker_id!r}; GET /cluster lists those that there are")
+            known = ", ".join(member.worker_id for member in gateway.registry.live()) or "none"
+            raise ApiError(404, f"there is no worker {worker_id!r}; there are: {known}")
         gateway.drain_worker(member)
         return _json({"id": worker_id, "state": member.state, "open_sequences": member.open_samples})
 

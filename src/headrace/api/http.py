@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         why = os.strerror(error.errno).lower() if error.errno else str(error)
-        raise OSError(error.errno, f"cannot listen at {host}:{port}: {why}; choose another --port") from error
+        what = "--host, an address of this machine" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise OSError(error.errno, f"cannot listen at {host}:{port}: {why}; choose another {what}") from error
     return bound
 
 

@@ -46,7 +46,7 @@ def explain(
     with clear_errors():
         answer = ask(
             url,
-            f"/cluster/requests/{urllib.parse.quote(request, safe='')}",
+            f"/cluster/requests/{_in_path('REQUEST', request)}",
             api_key,
             expects=("requests",),
         )
@@ -67,7 +67,7 @@ def drain(
 ) -> None:
     """Let WORKER finish what it has, give it nothing new, and have it leave."""
     with clear_errors():
-        path = f"/cluster/workers/{urllib.parse.quote(worker, safe='')}/drain"
+        path = f"/cluster/workers/{_in_path('WORKER', worker)}/drain"
         answer = ask(url, path, api_key, method="POST", expects=("open_sequences",))
         print(f"{worker} drains: {answer['open_sequences']} sequences to end", file=sys.stderr)
 
@@ -164,8 +164,11 @@ def ask(
     Raises OSError with what the server said is wrong, or why it said nothing; ValueError for no address.
     """
     base = url.rstrip("/").removesuffix("/v1")
-    if not base.startswith(("http://", "https://")):
-        raise ValueError(f"--url {url} is no address of HTTP; give http://HOST:PORT")
+    if not _is_address(base):
+        shown = url if url.isprintable() else repr(url)
+        raise ValueError(f"--url {shown} is no address of HTTP; give http://HOST:PORT")
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("the API key (--api-key, HEADRACE_API_KEY) has characters that no header can carry")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(base + path, method=method, headers=headers)
     try:
@@ -182,6 +185,24 @@ def ask(
     if not isinstance(found, dict) or not found.keys() >= set(expects):
         raise OSError(f"what answers at {base} is no Headrace server: {path} has no {expects[0]!r}")
     return found
+
+
+def _is_address(url: str) -> bool:
+    """Whether this can be asked for; what it is the address of is seen then."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    sound = url.isprintable() and not any(character.isspace() for character in url)
+    return sound and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
+def _in_path(what: str, name: str) -> str:
+    """A name as part of an address, whatever bytes it was given as. Raises ValueError for none."""
+    if not name:
+        raise ValueError(f"{what} is empty; headrace status shows what there is")
+    return urllib.parse.quote(name, safe="", errors="surrogateescape")
 
 
 def _said(error: urllib.error.HTTPError) -> str:

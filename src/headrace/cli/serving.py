@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from headrace.cli import STARTED_S
 from headrace.cli.early import unwinding
 from headrace.cli.http_options import HttpFlags, cluster_credentials, say
+from headrace.cli.worker_options import check_join_address
 from headrace.cluster.options import GatewayOptions
 from headrace.config import EngineOptions
 
@@ -54,6 +55,8 @@ def serve_http(
     """
     from headrace.api.http import bind
 
+    if listen is not None:
+        check_join_address("--listen", listen)
     serving = http.serving()
     bound = bind(http.host, http.port)
     files = find_model(model, named_by)

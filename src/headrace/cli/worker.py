@@ -21,6 +21,7 @@ from headrace.cli.worker_options import (
     DataAddress,
     WorkerFlags,
     check_data_address,
+    check_join_address,
     is_loopback,
 )
 from headrace.protocol.messages import Role
@@ -53,6 +54,8 @@ def worker(
             raise ValueError("--join names no gateway; give HOST:PORT")
         if len(set(gateways)) < len(gateways):
             raise ValueError(f"--join names a gateway twice: {', '.join(gateways)}")
+        for address in gateways:
+            check_join_address("--join", address)
         elsewhere = next((address for address in gateways if not is_loopback(address)), None)
         check_data_address(data_address, f"the gateway at {elsewhere} is of another" if elsewhere else "")
         # Who makes them where others have theirs only makes a cluster of its own, which nobody lets in.
@@ -62,7 +65,7 @@ def worker(
         engine = flags.engine(files, served_model_name, shared_kv=True, cache_key=shared.cluster_key)
         options = ProcessOptions(
             worker=WorkerOptions(
-                worker_id=name or f"{role}-{socket.gethostname()}-{os.getpid()}",
+                worker_id=f"{role}-{socket.gethostname()}-{os.getpid()}" if name is None else name,
                 join=gateways,
                 role=role,
                 data_address=data_address,

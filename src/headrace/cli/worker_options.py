@@ -23,7 +23,7 @@ from headrace.cli.options import (
 )
 from headrace.config import EngineOptions, parse_size
 from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector
-from headrace.world.network import split_host_port
+from headrace.world.network import UNIX_PREFIX, split_host_port
 
 if TYPE_CHECKING:
     from headrace.store import ModelFiles
@@ -44,6 +44,13 @@ _EVERYWHERE = ("0.0.0.0", "::")
 def is_loopback(address: str) -> bool:
     """Whether only this machine can dial HOST:PORT. Raises ValueError for what is no address."""
     return split_host_port(address)[0] in _LOOPBACK
+
+
+def check_join_address(option: str, address: str) -> None:
+    """Raise ValueError for where no worker can join."""
+    if address.startswith(UNIX_PREFIX):
+        raise ValueError(f"{option} {address}: workers join over TCP, and show certificates; give HOST:PORT")
+    split_host_port(address)
 
 
 def check_data_address(data_address: str, elsewhere: str) -> None:
