@@ -16,6 +16,8 @@ import psutil
 import pytest
 from api_house import EOS, VOCAB_SIZE
 
+from headrace.api.service import Service
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
 from served import Served
@@ -154,3 +156,13 @@ def test_an_engine_that_does_not_start_is_exit_code_1(
     server.wait_line(words)
     assert server.process.wait(10) == 1
     assert not left_in(directory)
+
+
+def test_a_signal_after_the_end_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    codes: list[int] = []
+    monkeypatch.setattr("headrace.api.service.os._exit", codes.append)
+    service = object.__new__(Service)
+    service._say, service._signals, service._stopped = lines.append, [signal.SIGTERM], True
+    service._on_signal(signal.SIGTERM)
+    assert (lines, codes) == ([], [])

@@ -61,6 +61,7 @@ class Service:
         self._say = say
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
+        self._stopped = False
         self._door = door
         self._world = real_world(door.credentials if door is not None else None, say)
         gateway = gateway or GatewayOptions()
@@ -138,6 +139,8 @@ class Service:
             await asyncio.gather(starting, return_exceptions=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopped:
+            return  # all is over, and was said to be
         self._signals.append(number)
         if len(self._signals) > 1:
             self._say("stopping at once")
@@ -153,6 +156,7 @@ class Service:
             self._say(f"draining: {running} running or waiting, {drain_s:g} s at most; new requests get 503")
         if not await self._cluster.stop(drain_s):
             self._say("some requests had not ended and were cancelled")
+        self._stopped = True
         self._say("stopped")
 
     # ---- words ---------------------------------------------------------------------------------------
@@ -165,8 +169,6 @@ class Service:
             each = max(1, options.threads // len(names))
             said += f", workers {', '.join(names)} with" if len(names) > 1 else ","
             said += f" {each} thread{'s' * (each > 1)}{' each' * (len(names) > 1)}"
-        if self._door is not None:
-            said += f"; workers may join at {self._door.address}"
         return said
 
     def _tell_ready(self, info: EngineInfo) -> None:

@@ -53,7 +53,7 @@ class LocalCluster:
         OSError where nobody can listen.
         """
         if self._listen is not None:
-            await self.gateway.listen(self._listen)
+            self._report(f"workers may join at {await self.gateway.listen(self._listen)}")
         self._directory = PrivateDirectory("headrace-")
         address = await self.gateway.listen(f"unix:{self._directory.path}/gateway.sock", own=True)
         self._running = asyncio.create_task(self._keep(address), name="local cluster")

@@ -32,7 +32,7 @@ def in_processes(do: Callable[[Work], Result], work: Sequence[Work], count: int)
     workers: dict[Connection, SpawnProcess] = {}
     try:
         with _interrupts_held():
-            for number in range(min(count, len(work))):
+            for _ in range(min(count, len(work))):
                 ours, theirs = context.Pipe()
                 workers[ours] = context.Process(target=_serve, args=(theirs, do, os.getpid()), daemon=True)
                 workers[ours].start()
