@@ -98,3 +98,29 @@ def test_a_decision_can_be_read_back(strict: httpx.Client) -> None:
     assert candidate["score"] == pytest.approx(sum(candidate["terms"].values()))
     assert set(candidate["terms"]) == {"uncached", "queue", "decode load", "hot spot"}
     assert candidate["ttft_s"] > 0
+
+
+def test_operators_are_told_how_often_each_class_got_what_it_may_expect(modest: httpx.Client) -> None:
+    before = {
+        (one["class"], one["slo"]): one for one in levels(modest)["attainment"] if one["window"] == "5m"
+    }
+    modest.post(TEXT, json=BODY | {"priority": -1, "n": 1}).raise_for_status()
+    slo = levels(modest)
+    assert slo["objective"] == 0.95
+    assert [(one["class"], one["slo"], one["window"]) for one in slo["attainment"]] == [
+        (band, which, window)
+        for window in ("5m", "1h")
+        for band in ("high", "normal", "low")
+        for which in ("ttft", "tpot")
+    ]
+    missed = next(one for one in slo["attainment"] if (one["class"], one["slo"]) == ("high", "ttft"))
+    assert missed["judged"] == before["high", "ttft"]["judged"] + 1
+    assert (missed["limit_s"], missed["attainment"]) == (AT_ONCE, 0)
+    assert missed["burn_rate"] == pytest.approx(20)
+    never = next(one for one in slo["attainment"] if (one["class"], one["slo"]) == ("low", "tpot"))
+    assert (never["judged"], never["attainment"], never["burn_rate"]) == (0, None, None)
+
+
+def levels(http: httpx.Client) -> dict[str, Any]:
+    slo: dict[str, Any] = http.get("/cluster").json()["slo"]
+    return slo

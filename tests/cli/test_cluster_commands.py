@@ -62,6 +62,36 @@ def test_names_and_reasons_are_no_markup() -> None:
     assert "down: lost [bold]there[/nothing]" in output
 
 
+def attained(band: str, slo: str, window: str, judged: int, ratio: float | None) -> dict[str, object]:
+    burn = None if ratio is None else (1 - ratio) / 0.05
+    about = {"class": band, "slo": slo, "window": window, "limit_s": 0.2 if slo == "ttft" else 0.05}
+    return {**about, "judged": judged, "attainment": ratio, "burn_rate": burn}
+
+
+def test_status_says_how_often_each_class_got_what_it_may_expect() -> None:
+    attainment = [
+        attained("high", "ttft", "5m", 200, 0.8),
+        attained("low", "ttft", "5m", 0, None),
+        attained("high", "ttft", "1h", 1000, 0.99),
+        attained("normal", "tpot", "1h", 7, 1.0),
+    ]
+    answer = {"state": "ready", "open_sequences": 0, "workers": []}
+    slo = {"ttft_s": 0.2, "tpot_s": 0.05, "objective": 0.95}
+    with answering(http(answer | {"slo": slo | {"attainment": attainment}})) as url:
+        code, output = run("status", "--url", url)
+    assert code == 0, output
+    assert output.splitlines()[1:4] == [
+        "SLO for 0.95 of the requests of each class",
+        "  high TTFT within 200 ms: 80.0% of 200 in 5m, burn rate 4; 99.0% of 1000 in 1h, burn rate 0.2",
+        "  normal TPOT within 50 ms: 100.0% of 7 in 1h, burn rate 0",
+    ]
+    with answering(http(answer | {"slo": slo | {"attainment": attainment[1:2]}})) as url:
+        assert (
+            "SLO for 0.95 of the requests of each class: none in the last hour"
+            in run("status", "--url", url)[1]
+        )
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -1,4 +1,4 @@
-"""The rules for Prometheus: what they name exists, and each alert fires when it should and at no other time."""
+"""The rules for Prometheus: what they name exists, and each alert fires when it should and not else."""
 
 from __future__ import annotations
 

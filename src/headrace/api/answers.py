@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Answer(BaseModel):
@@ -229,9 +229,27 @@ class WorkerAnswer(_Answer):
     pid: int
 
 
+class AttainmentAnswer(_Answer):
+    """Which share of a class got what it may expect, over a window."""
+
+    band: Literal["high", "normal", "low"] = Field(alias="class")
+    slo: Literal["ttft", "tpot"]
+    window: str
+    limit_s: float
+    judged: int
+    """Requests, or for `tpot` sequences."""
+    attainment: float | None
+    """The share that met the limit; null where nothing was judged."""
+    burn_rate: float | None
+    """The share that missed it against the share that may; null likewise."""
+
+
 class ServiceLevelsAnswer(_Answer):
     ttft_s: float
     tpot_s: float
+    objective: float
+    """The share of requests that should get it."""
+    attainment: list[AttainmentAnswer]
 
 
 class ClusterAnswer(_Answer):

@@ -20,6 +20,7 @@ from headrace.api.origins import check_origin
 from headrace.api.served import Server
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
+from headrace.observe.service_levels import Attainment
 
 _ID_PREFIXES = ("cmpl-", "chatcmpl-")
 
@@ -37,7 +38,12 @@ def cluster_routes(server: Server) -> APIRouter:
             {
                 "state": gateway.state,
                 "open_sequences": gateway.open_samples,
-                "slo": {"ttft_s": server.slo.ttft_s, "tpot_s": server.slo.tpot_s},
+                "slo": {
+                    "ttft_s": server.slo.ttft_s,
+                    "tpot_s": server.slo.tpot_s,
+                    "objective": server.slo.objective,
+                    "attainment": [_attainment(one) for one in server.metrics.attainment()],
+                },
                 "workers": workers,
             }
         )
@@ -75,6 +81,18 @@ def cluster_routes(server: Server) -> APIRouter:
         return _json({"id": worker_id, "state": member.state, "open_sequences": member.open_samples})
 
     return router
+
+
+def _attainment(one: Attainment) -> dict[str, Any]:
+    return {
+        "class": one.band,
+        "slo": one.slo,
+        "window": one.window,
+        "limit_s": one.limit_s,
+        "judged": one.judged,
+        "attainment": one.ratio,
+        "burn_rate": one.burn_rate,
+    }
 
 
 def _worker(member: Member, now: float) -> dict[str, Any]:

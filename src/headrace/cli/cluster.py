@@ -133,6 +133,8 @@ def _show_status(answer: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{answer['state']}, {answer['open_sequences']} sequences open", highlight=False)
+    for line in attainment_lines(answer.get("slo") or {}):
+        console.print(line, highlight=False)
     table = Table(box=None, pad_edge=False)
     for heading in ("WORKER", "ROLE"):
         table.add_column(heading, no_wrap=True)
@@ -154,6 +156,25 @@ def _show_status(answer: dict[str, Any]) -> None:
             f"{worker['heard_s_ago']:.1f} s",
         )
     console.print(table)
+
+
+def attainment_lines(slo: dict[str, Any]) -> list[str]:
+    """Which share of each class got what it may expect, and how fast its error budget is spent."""
+    if "attainment" not in slo:
+        return []
+    judged = [one for one in slo["attainment"] if one["judged"]]
+    first = f"SLO for {slo['objective']:.4g} of the requests of each class"
+    if not judged:
+        return [f"{first}: none in the last hour"]
+    lines = [first]
+    for band, which in dict.fromkeys((one["class"], one["slo"]) for one in judged):
+        windows = [one for one in judged if (one["class"], one["slo"]) == (band, which)]
+        said = "; ".join(
+            f"{one['attainment']:.1%} of {one['judged']} in {one['window']}, burn rate {one['burn_rate']:.2g}"
+            for one in windows
+        )
+        lines.append(f"  {band} {which.upper()} within {windows[0]['limit_s'] * 1e3:g} ms: {said}")
+    return lines
 
 
 def ask(

@@ -81,6 +81,9 @@ class Metrics(GatewayObserver, Collector):
         self._workers = add(
             GaugeBy("workers", "Workers that are there, by role and state.", {"role": Role, "state": _THERE})
         )
+        self._suspected = add(
+            CounterBy("workers_suspected", "How often a worker fell silent, by role.", {"role": Role})
+        )
         self._weight_bytes = add(Gauge("model_weight_bytes", "Size of the weights in the precision served."))
         self._kv_bytes = add(Gauge("kv_cache_bytes", "Size of the KV cache."))
 
@@ -260,6 +263,8 @@ class Metrics(GatewayObserver, Collector):
         if state is not MemberState.DOWN:
             self._states[worker.worker_id] = worker.role, state
             self._workers.values[worker.role, state] += 1
+        if state is MemberState.SUSPECT:
+            self._suspected.values[worker.role,] += 1
 
     def step(self, worker_id: str, stats: StepStats) -> None:
         self._last_stats[worker_id] = stats

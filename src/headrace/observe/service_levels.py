@@ -1,8 +1,8 @@
 """Which share of requests got what their class may expect, over the last minutes and the last hour.
 
-In: how long a request's first token, or a sample's further ones, took. Out: for each class and limit, how many
-were judged and how many of them met it. A judgement adds one to a number of the present slot of a ring; sums
-are made when somebody asks, so what a window costs is not paid by requests.
+In: how long a request's first token, or a sample's further ones, took. Out: for each class and limit, how
+many were judged and how many of them met it. A judgement adds one to a number of the present slot of a ring;
+sums are made when somebody asks, so what a window costs is not paid by requests.
 
 Burn rate: how fast the error budget is spent, 1 being just as fast as the objective allows (Site Reliability
 Workbook, chapter 5).
