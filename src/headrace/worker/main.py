@@ -9,9 +9,12 @@ the engine cannot be built as asked (the gateway was told why) or has failed (wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -62,5 +65,22 @@ def _pool(built: BuiltEngine) -> PoolInfo | None:
     return PoolInfo(memory.path, memory.nbytes, info.block_bytes, info.block_size)
 
 
+def _run(arguments: list[str]) -> NoReturn:
+    """`main`, and the end of the process without the interpreter's finalisation.
+
+    With torch loaded that takes seconds of a core, in which whoever drained this worker waits for it; and
+    there is nothing left that it would save.
+    """
+    try:
+        code = main(arguments)
+    except BaseException:  # whatever it is, it is printed and ends the process with 1
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _run(sys.argv[1:])
