@@ -94,10 +94,13 @@ class BareNixl:
         import nixl_cu12 as nixl
 
         environment, errors = settings("127.0.0.1:0")
-        os.environ |= environment
+        before = dict(os.environ)
+        os.environ.update(environment)
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.agent = nixl.nixl_agent(os.urandom(8).hex(), config)
         self.agent.create_backend("UCX", {"ucx_error_handling_mode": errors})
+        os.environ.clear()
+        os.environ.update(before)
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(memory.buffer))
         self._size = memory.nbytes
         whole = self.agent.get_reg_descs([(self.base, self._size, 0, "")], mem_type="DRAM")

@@ -266,8 +266,8 @@ def test_a_ticket_of_a_former_life_opens_nothing(monkeypatch: Patch) -> None:
     """
     kinds = (Kind.ENGINE, Kind.STALE, Kind.CUT_ONE_WAY, Kind.CUT)
     clusters = [{"p": Role.PREFILL, "d": Role.DECODE}]
-    planned = plan(18, kinds=kinds, clusters=clusters, count=14, connector="tcp")
-    live(18, planned)
+    planned = plan(103, kinds=kinds, clusters=clusters, count=14, connector="tcp")
+    live(103, planned)
     ignore_the_generation_of_tickets_that_repeat(monkeypatch)
     with pytest.raises(Violation, match="gave other blocks for a ticket"):
-        live(18, planned)
+        live(103, planned)

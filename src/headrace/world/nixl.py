@@ -48,6 +48,9 @@ START_TIMEOUT_S = 20.0
 QUIET_S = 1.0
 """How long a read that nobody wants any more may take to be over before its agent is killed."""
 
+LAST_WORDS_S = 1.0
+"""How long a process that has left its socket may take to say why and end."""
+
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 """Pauses before a lost agent is started again, doubled until one has read or served something."""
@@ -236,6 +239,9 @@ class NixlAgent(MemoryAgent):
         listening = asyncio.create_task(self._keep_words(process))
         try:
             await self._hear(ours)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await listening  # ends with the process
         finally:
             self.address, self._writer = b"", None
             await to_the_end(self._gone())  # before anybody hears that it is quiet
