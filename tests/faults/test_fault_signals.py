@@ -36,6 +36,8 @@ def test_a_killed_process_is_replaced_and_its_requests_go_on(name: str, process:
         await under_load(house, name, process, signal.SIGKILL)
         if name == "decode-1":
             assert house.tally.replays > 0
+        if process == "engine":  # and not only that its connection ended
+            assert f"{name} is gone: its engine was lost with SIGKILL" in house.lines
         assert house.tally.transfers > 0
         await house.until(
             lambda: house.member(name).is_live and house.member(name).info.generation != generation,

@@ -170,7 +170,7 @@ class Gateway:
             if at_prefill and accepted.deaths < self._options.max_deaths:
                 self._handoffs.prefill_over(accepted)
             else:
-                self._replays.again(accepted, f"{member.worker_id} was lost ({why})")
+                self._replays.again(accepted, f"{member.worker_id} was lost: {why}")
         self.tell_changed()
 
     def heard(self, member: Member, message: FromWorker) -> None:
@@ -224,7 +224,7 @@ class Gateway:
         if full and accepted.home is not None:
             accepted.home.member.is_full = True
         why = error.message if error is not None else finish.reason
-        self._replays.again(accepted, f"its worker gave it up ({why})", full=full)
+        self._replays.again(accepted, f"its worker gave it up: {why}", full=full)
 
     def has_room(self, member: Member) -> None:
         """What a worker had no room for a moment ago may be tried again."""
@@ -365,7 +365,7 @@ class Gateway:
         if accepted.prefill is not None and accepted.prefill.name == name:
             self._handoffs.prefill_over(accepted)
         else:
-            self._replays.again(accepted, f"its worker refused it ({reason})")
+            self._replays.again(accepted, f"its worker refused it: {reason}")
 
     # ---- the end -------------------------------------------------------------------------------------
 

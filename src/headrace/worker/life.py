@@ -50,6 +50,9 @@ LEAVE_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 2.0
 """How long gateways may take to hear the goodbye of a worker whose engine is lost."""
 
+REAP_TIMEOUT_S = 0.2
+"""How long gateways may wait for how an engine's process ended, which had lost its connection."""
+
 PING_S = 1.0
 """How often the engine is asked whether it still steps."""
 
@@ -169,7 +172,7 @@ class EngineLife:
                 await asyncio.wait({ended, lost, drained, rejected}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 self.served_s = self._world.now() - began_s
-                await to_the_end(self._leave())
+                await to_the_end(self._leave(ended))
             if rejected.done():
                 rejected.result()  # raises why
             if drained.done():
@@ -201,10 +204,15 @@ class EngineLife:
             self._stuck = not ended.done()
         return self._how or (await ended if ended.done() else "a lost connection")
 
-    async def _leave(self) -> None:
+    async def _leave(self, process_ended: asyncio.Task[str]) -> None:
         """Tell the gateways goodbye while the sessions still have their connections."""
+        how = self._how
+        if not how and self._lost.is_set():  # its connection went first: in a moment it is known how it ended
+            await asyncio.wait({process_ended}, timeout=REAP_TIMEOUT_S)
+        if not how and process_ended.done() and not self._relay.draining:
+            how = process_ended.result()
         ended = "it was drained" if self._relay.draining else "its engine ended"
-        reason = f"its engine was lost with {self._how}" if self._how else ended
+        reason = f"its engine was lost with {how}" if how else ended
         goodbyes = [asyncio.create_task(session.leave(reason)) for session in self._relay.sessions]
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=GOODBYE_TIMEOUT_S)
