@@ -241,7 +241,7 @@ CASES = [
     Case(forget_the_salt, 0),
     Case(decode_before_the_confirmation, 1),
     Case(free_under_a_read_and_confirm, 8),
-    Case(free_a_dropped_import_under_its_pull, 2),
+    Case(free_a_dropped_import_under_its_pull, 2, connector="auto"),
     Case(skip_the_quarantine, 2),
     Case(skip_the_checksums, 2),
     Case(skip_the_checksums_of_reads, 1, (Kind.CORRUPT,), "auto"),
