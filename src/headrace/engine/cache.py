@@ -68,7 +68,7 @@ class KVCache:
 
     @property
     def told_group(self) -> int:
-        """The group whose blocks routers are told of: the first that sees all of the context, or the first."""
+        """The group whose blocks routers are told of: the first that sees all of the context, if any."""
         return next((number for number, group in enumerate(self.groups) if group.window is None), 0)
 
     @property

@@ -72,7 +72,7 @@ class Scheduler(Planner):
         self._idle = False
 
     def _expect(self, sequence: Sequence) -> None:
-        """Foresee what a sequence that comes in will have computed here; an import's prompt is others' work."""
+        """Foresee what a sequence that comes in will have computed here; of an import nothing will be."""
         if sequence.handoff is None or sequence.handoff.leg is Leg.EXPORT:
             cached = 0
             if sequence.reads_cache and self.config.reuse_prefix:
