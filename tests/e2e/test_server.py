@@ -162,17 +162,24 @@ def test_five_hundred_requests_that_come_and_go(served: Served) -> None:
     assert after["ended:error"] == before["ended:error"]
 
 
-def test_idling_costs_under_one_percent_of_a_core(served: Served) -> None:
+def test_idling_costs_next_to_nothing(served: Served) -> None:
+    """By how often it wakes: what a waking process costs depends on the machine, which on a virtual one may
+    have taken its memory away meanwhile. On a quiet machine it is well under 1% of a core."""
     served.wait_quiet()
-    processes = (served.gateway, served.engine)
+    processes = {"gateway": served.gateway, "engine": served.engine}
 
-    def used_s() -> list[float]:
-        return [sum(process.cpu_times()[:2]) for process in processes]
+    def measured() -> dict[str, tuple[int, float]]:
+        return {
+            name: (process.num_ctx_switches().voluntary, sum(process.cpu_times()[:2]))
+            for name, process in processes.items()
+        }
 
-    before, seconds = used_s(), 5.0
+    before, seconds = measured(), 5.0
     time.sleep(seconds)
-    for name, was, now in zip(("gateway", "engine"), before, used_s(), strict=True):
-        assert now - was < 0.01 * seconds, f"the idle {name} used {(now - was) / seconds:.1%} of a core"
+    for name, (switches, used_s) in measured().items():
+        woken, took_s = switches - before[name][0], used_s - before[name][1]
+        assert woken < 20 * seconds, f"the idle {name} woke {woken / seconds:.0f} times a second"
+        assert took_s < 0.05 * seconds, f"the idle {name} used {took_s / seconds:.1%} of a core"
 
 
 def test_a_killed_engine_is_an_error_in_the_stream_and_the_server_recovers(

@@ -69,15 +69,24 @@ def with_engine(
     assert_no_children()
 
 
+earlier: list[psutil.Process] = []
+"""Children that other tests have left: a pool of processes keeps a tracker of its own to the end."""
+
+
+@pytest.fixture(autouse=True)
+def count_no_earlier_children() -> None:
+    earlier[:] = psutil.Process().children(recursive=True)
+
+
 def assert_no_children() -> None:
     deadline = time.monotonic() + 5
-    while children := psutil.Process().children(recursive=True):
+    while children := [one for one in psutil.Process().children(recursive=True) if one not in earlier]:
         assert time.monotonic() < deadline, f"left behind: {children}"
         time.sleep(0.01)
 
 
 def engine_process() -> psutil.Process:
-    (worker,) = psutil.Process().children()
+    (worker,) = (one for one in psutil.Process().children() if one not in earlier)
     (engine,) = worker.children()
     return engine
 
