@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from served import Served
 
@@ -162,24 +164,41 @@ def test_five_hundred_requests_that_come_and_go(served: Served) -> None:
     assert after["ended:error"] == before["ended:error"]
 
 
-def test_idling_costs_next_to_nothing(served: Served) -> None:
-    """By how often it wakes: what a waking process costs depends on the machine, which on a virtual one may
-    have taken its memory away meanwhile. On a quiet machine it is well under 1% of a core."""
+DOES_NOTHING = (
+    "import asyncio, numpy\nasync def main():\n    while True: await asyncio.sleep(0.3)\nasyncio.run(main())"
+)
+"""A process that wakes as often as an idle gateway does."""
+
+
+def test_idling_costs_under_one_percent_of_a_core(served: Served) -> None:
     served.wait_quiet()
-    processes = {"gateway": served.gateway, "engine": served.engine}
+    control = psutil.Popen([sys.executable, "-c", DOES_NOTHING])
+    try:
+        time.sleep(2.0)  # until it has begun
+        processes = {"gateway": served.gateway, "engine": served.engine, "control": control}
 
-    def measured() -> dict[str, tuple[int, float]]:
-        return {
-            name: (process.num_ctx_switches().voluntary, sum(process.cpu_times()[:2]))
-            for name, process in processes.items()
-        }
+        def measured() -> dict[str, tuple[int, float]]:
+            return {
+                name: (process.num_ctx_switches().voluntary, sum(process.cpu_times()[:2]))
+                for name, process in processes.items()
+            }
 
-    before, seconds = measured(), 5.0
-    time.sleep(seconds)
-    for name, (switches, used_s) in measured().items():
-        woken, took_s = switches - before[name][0], used_s - before[name][1]
-        assert woken < 20 * seconds, f"the idle {name} woke {woken / seconds:.0f} times a second"
-        assert took_s < 0.05 * seconds, f"the idle {name} used {took_s / seconds:.1%} of a core"
+        before, seconds = measured(), 5.0
+        time.sleep(seconds)
+        after = measured()
+    finally:
+        control.kill()
+        control.wait()
+    used = {name: (after[name][1] - before[name][1]) / seconds for name in processes}
+    for name in ("gateway", "engine"):
+        woken = (after[name][0] - before[name][0]) / seconds
+        assert woken < 20, f"the idle {name} woke {woken:.0f} times a second"
+    if (
+        used["control"] > 0.002
+    ):  # some virtual machines take an idle process's memory away, and it pays for that
+        pytest.skip(f"this machine takes {used['control']:.1%} of a core for a process that only wakes")
+    for name in ("gateway", "engine"):
+        assert used[name] < 0.01, f"the idle {name} used {used[name]:.1%} of a core"
 
 
 def test_a_killed_engine_is_an_error_in_the_stream_and_the_server_recovers(
