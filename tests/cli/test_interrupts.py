@@ -53,7 +53,8 @@ def test_it_ends_with_a_line_whenever_ctrl_c_comes(
             time.sleep(delay_s)
             children = psutil.Process(process.pid).children(recursive=True)
             over = process.poll() is not None
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            if not over:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             _, said = process.communicate(timeout=40)
         finally:
             process.kill()
