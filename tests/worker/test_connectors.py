@@ -18,7 +18,9 @@ from headrace.worker import CannotStartError, Supervisor, WorkerOptions, serve
 from headrace.world import AgentUnavailable, MemoryAgent, World
 
 
-async def refuse(path: str, size: int, address: str, report: Callable[[str], None]) -> MemoryAgent:
+async def refuse(
+    path: str, size: int, address: str, report: Callable[[str], None], /, *, open_to_network: bool = False
+) -> MemoryAgent:
     raise AgentUnavailable("NIXL is not installed")
 
 
@@ -74,7 +76,16 @@ def test_an_agent_is_opened_where_it_may_be_used_and_ends_with_the_engine(
         agents: list[MemoryAgent] = []
         world = simulation.world("w")
 
-        async def opens(path: str, size: int, address: str, report: Callable[[str], None]) -> MemoryAgent:
+        async def opens(
+            path: str,
+            size: int,
+            address: str,
+            report: Callable[[str], None],
+            /,
+            *,
+            open_to_network: bool = False,
+        ) -> MemoryAgent:
+            assert open_to_network == (connector == "nixl")
             agents.append(await world.open_agent(path, size, address, report))
             return agents[-1]
 
@@ -95,7 +106,15 @@ def test_an_agent_that_stands_when_the_worker_has_ended_is_closed() -> None:
         agents: list[MemoryAgent] = []
         asked, world = asyncio.Event(), simulation.world("w")
 
-        async def opens(path: str, size: int, address: str, report: Callable[[str], None]) -> MemoryAgent:
+        async def opens(
+            path: str,
+            size: int,
+            address: str,
+            report: Callable[[str], None],
+            /,
+            *,
+            open_to_network: bool = False,
+        ) -> MemoryAgent:
             asked.set()
             await asyncio.sleep(5.0)
             agents.append(await world.open_agent(path, size, address, report))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from headrace.sim import Simulation, run
 from headrace.sim.agent import SimAgent
-from headrace.world import MemoryAgent, ReadFailed
+from headrace.world import AgentUnavailable, MemoryAgent, ReadFailed
 from headrace.world.nixl import NixlAgent, open_nixl
 from headrace.world.nixl_messages import PACKAGES
 from headrace.world.shared_memory import SharedMemory
@@ -217,3 +219,31 @@ def test_a_closed_agent_reads_no_more(within: Within) -> None:
             await target.agent.read(source.agent.address, [0], [0], PIECE)
 
     within(body)
+
+
+@NEEDS_NIXL
+def test_nixl_listens_on_a_network_only_where_it_is_asked_for() -> None:
+    host = next(
+        (
+            address.address
+            for name, addresses in psutil.net_if_addrs().items()
+            for address in addresses
+            if address.family is socket.AF_INET and not address.address.startswith("127.")
+        ),
+        None,
+    )
+    if host is None:
+        pytest.skip("this machine has no network interface but loopback")
+
+    async def main() -> None:
+        memory = SharedMemory(SIZE)
+        try:
+            with pytest.raises(AgentUnavailable, match=r"lets in whoever reaches it at .*--connector nixl"):
+                await open_nixl(memory.path, SIZE, f"{host}:0")
+            agent = await open_nixl(memory.path, SIZE, f"{host}:0", open_to_network=True)
+            assert agent.address
+            await agent.close()
+        finally:
+            memory.close()
+
+    asyncio.run(main())

@@ -93,7 +93,10 @@ class WorkerFlags:
     ] = DEFAULT_STEP_TIMEOUT_S
     connector: Annotated[
         Connector,
-        typer.Option(help="How KV blocks move between workers; auto is NIXL where both have it, else TCP."),
+        typer.Option(
+            help="How KV blocks move between workers: auto is NIXL on one machine where both have it, else "
+            "TCP; nixl listens on the network too, to whoever reaches it."
+        ),
     ] = "auto"
     check_reads: Annotated[
         bool, typer.Option("--check-reads", help="Compare checksums of blocks that came over NIXL.")

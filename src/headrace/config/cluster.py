@@ -170,7 +170,8 @@ class Transfer(Section):
     """How KV blocks move between workers."""
 
     connector: Connector = "auto"
-    """`auto` is NIXL between workers that both have it, else TCP; `nixl` and `tcp` are no other."""
+    """`auto` is NIXL between workers of one machine that both have it, else TCP; with `nixl` a worker has
+    NIXL or does not start, and listens for it on the network too; with `tcp` none has it."""
     check_reads: bool = False
     """Whether blocks that came over NIXL are compared with checksums of the source's; over TCP all are."""
 

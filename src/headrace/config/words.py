@@ -202,11 +202,12 @@ _SENTENCES: dict[str, Says] = {
         else "what else runs may change the last bits of a logit"
     ),
     "engine.step_timeout": lambda v, f: f"an engine that takes {v:g} s for a step is stuck, and is replaced",
-    "transfer.connector": lambda v, f: (
-        "KV blocks move over NIXL between workers that both have it, else over TCP"
-        if v == "auto"
-        else f"KV blocks move over {v.upper()} and nothing else"
-    ),
+    "transfer.connector": lambda v, f: {
+        "auto": "KV blocks move over NIXL between workers of one machine that both have it, else over TCP",
+        "nixl": "KV blocks move over NIXL between workers that reach each other so, else over TCP; a worker "
+        "that cannot have it does not start",
+        "tcp": "KV blocks move over TCP",
+    }[v],
     "transfer.check_reads": lambda v, f: (
         "every block that came is compared with its source's checksum"
         if v

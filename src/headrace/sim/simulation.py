@@ -75,8 +75,16 @@ class Simulation:
         return memory
 
     async def _open_agent(
-        self, host: str, path: str, size: int, address: str, report: Callable[[str], None]
+        self,
+        host: str,
+        path: str,
+        size: int,
+        address: str,
+        report: Callable[[str], None],
+        *,
+        open_to_network: bool = False,
     ) -> MemoryAgent:
+        """Between simulated hosts, whether it may be on the network or not: all of them stand for one."""
         try:
             memory = self._open_memory(path, size)
         except OSError as error:

@@ -299,7 +299,9 @@ class EngineLife:
             return ""
         path, size = ready.pool.path, ready.pool.size
         try:
-            agent = await self._world.open_agent(path, size, self._data.address, self._report)
+            agent = await self._world.open_agent(
+                path, size, self._data.address, self._report, open_to_network=wanted == "nixl"
+            )
         except AgentUnavailable as error:
             if wanted == "nixl":
                 raise

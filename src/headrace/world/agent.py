@@ -8,8 +8,9 @@ leases, or which bytes may be read when.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 
 class AgentUnavailable(Exception):
@@ -49,3 +50,22 @@ class MemoryAgent(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Let nobody read any more, and read nothing. Returns when our memory is left alone. Idempotent."""
+
+
+class OpenAgent(Protocol):
+    """How a world makes agents."""
+
+    def __call__(
+        self,
+        path: str,
+        size: int,
+        address: str,
+        report: Callable[[str], None],
+        /,
+        *,
+        open_to_network: bool = False,
+    ) -> Awaitable[MemoryAgent]:
+        """An agent over another process's memory on this host; its peers reach it where the host reaches
+        `address`, from other machines only if it may be `open_to_network`. `report` gets lines for people.
+        Raises AgentUnavailable.
+        """

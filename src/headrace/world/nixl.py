@@ -42,6 +42,8 @@ from headrace.world.nixl_messages import (
     frame,
 )
 
+LOOPBACK = "lo"
+
 START_TIMEOUT_S = 20.0
 """How long an agent may take to stand: it imports NIXL, and registers memory with network cards."""
 
@@ -61,20 +63,32 @@ class _NotQuiet(ReadFailed):
 
 
 async def open_nixl(
-    path: str, size: int, address: str, report: Callable[[str], None] = lambda line: None
+    path: str,
+    size: int,
+    address: str,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    open_to_network: bool = False,
 ) -> MemoryAgent:
     """An agent over the shared memory at `path`, that uses the interface of `address`, HOST:PORT.
 
-    `report` gets lines for people. Raises AgentUnavailable.
+    UCX lets in whoever dials, so without `open_to_network` there is none but on loopback. `report` gets lines
+    for people. Raises AgentUnavailable.
     """
     if not any(importlib.util.find_spec(name) for name in PACKAGES):
         raise AgentUnavailable("NIXL is not installed; pip install 'headrace[nixl]'")
     if sys.platform != "linux":
         raise AgentUnavailable(f"NIXL runs on Linux, and this is {sys.platform}")
     try:
-        environment, error_handling = settings(address)
+        interface = interface_of(split_host_port(address)[0])
+        environment, error_handling = settings(address, interface)
     except (OSError, ValueError) as error:
         raise AgentUnavailable(f"NIXL cannot use the interface of {address}: {error}") from error
+    if interface != LOOPBACK and not open_to_network:
+        raise AgentUnavailable(
+            f"NIXL lets in whoever reaches it at {interface}; "
+            "--connector nixl allows that, on a network that is the cluster's own"
+        )
     agent = NixlAgent((path, str(size), error_handling), environment, report)
     try:
         await agent.start()
@@ -84,15 +98,14 @@ async def open_nixl(
     return agent
 
 
-def settings(address: str) -> tuple[dict[str, str], str]:
+def settings(address: str, interface: str) -> tuple[dict[str, str], str]:
     """The environment and the error handling of UCX for an agent at `address`; what the user has set stays.
 
     Where all peers are on this machine nothing listens: bytes go from process to process, which the kernel
     allows processes of one user only. Else UCX listens at the interface, and has to notice that peers die.
     """
     host, _ = split_host_port(address)
-    interface = interface_of(host)
-    here = interface == "lo"
+    here = interface == LOOPBACK
     ours = {
         "UCX_NET_DEVICES": ",".join([interface] if here else [interface, *rdma_ports()]),
         "UCX_TCP_AF_PRIO": "inet6,inet" if ":" in host else "inet,inet6",

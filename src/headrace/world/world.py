@@ -7,11 +7,11 @@ Code that takes its clock, its chance and its network from here runs unchanged o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from headrace.world.agent import MemoryAgent
+from headrace.world.agent import OpenAgent
 from headrace.world.network import Network
 from headrace.world.nixl import open_nixl
 from headrace.world.random import RandomStreams
@@ -53,11 +53,8 @@ class World:
     open_memory: Callable[[str, int], Memory] = open_shared_memory
     """The memory of another process of this host, by its path and size. Raises OSError."""
 
-    open_agent: Callable[[str, int, str, Callable[[str], None]], Awaitable[MemoryAgent]] = open_nixl
-    """`await open_agent(path, size, address, report)`: an agent over another process's memory on this host.
-
-    Its peers reach it where the host reaches `address`. Raises AgentUnavailable.
-    """
+    open_agent: OpenAgent = open_nixl
+    """Raises AgentUnavailable."""
 
     def now(self) -> float:
         """The running loop's clock in seconds: monotonic, of no particular origin."""
