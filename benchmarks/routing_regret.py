@@ -63,7 +63,7 @@ class Forks:
     def __init__(
         self, fleet: Fleet, count: int, every: int, after: int, jobs: int, chance: random.Random
     ) -> None:
-        self._router = fleet.gateway._dispatch._router
+        self._router = fleet.gateway._dispatch.router_of(fleet.gateway.registry.first_model)
         self._choose = self._router.choose
         self._fleet = fleet
         self._left, self._every, self._skip = count, every, after

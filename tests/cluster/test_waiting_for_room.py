@@ -48,7 +48,9 @@ class Waiting:
 
     def ask(self) -> Accepted:
         """A request that begins to wait now."""
-        request = GenerateRequest(request_id="r", prompt=[1, 2], sampling=SamplingParams(max_tokens=2))
+        request = GenerateRequest(
+            request_id="r", prompt=[1, 2], sampling=SamplingParams(max_tokens=2), model=self.worker.model
+        )
         stream = OutputStream([("r", 0)], lambda request_id, index, counts_as: None)
         journey = self._journeys.begin("r", 2, self.world.now())
         accepted = self._ledger.enter(request, stream, journey, self.world.now())

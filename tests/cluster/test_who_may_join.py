@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from headrace.cluster import Gateway, GatewayState
-from headrace.cluster.options import GatewayOptions
+from headrace.cluster.options import GatewayOptions, ModelOptions
 from headrace.cluster.registry import Registry, Unfit, UnfitNow
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import (
@@ -53,7 +53,7 @@ def worker(name: str, **engine: Any) -> WorkerInfo:
 
 
 def test_the_first_worker_must_have_the_gateways_model() -> None:
-    registry = Registry(GatewayOptions(revision="r1"))
+    registry = Registry(GatewayOptions(models=(ModelOptions(name="m", revision="r1"),)))
     with pytest.raises(Unfit, match="its model revision is r2, and that of the gateway is r1"):
         registry.register(worker("w", revision="r2"), NO_CHANNEL, 0.0)
     registry.register(worker("w"), NO_CHANNEL, 0.0)

@@ -24,7 +24,7 @@ from headrace.api.http import HttpServer
 from headrace.api.served import ServedModel, Server
 from headrace.api.workers import Door, Pools, launchers
 from headrace.cluster import LocalCluster
-from headrace.cluster.options import GatewayOptions
+from headrace.cluster.options import GatewayOptions, ModelOptions
 from headrace.config import EngineOptions, ServingOptions
 from headrace.config.engine import CACHE_KEY_BYTES
 from headrace.observe import Metrics
@@ -81,7 +81,11 @@ class Service:
             ),
             listen=door.address if door is not None else None,
             observer=self._metrics,
-            options=replace(gateway, revision=files.revision, cache_key=key),
+            options=replace(
+                gateway,
+                models=(ModelOptions(name=options.served_name, revision=files.revision),),
+                cache_key=key,
+            ),
             report=say,
         )
         self._http: HttpServer | None = None

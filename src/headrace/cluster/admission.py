@@ -104,11 +104,12 @@ def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
 
 def check_room(
     members: Iterable[Member],
-    requests: Collection[GenerateRequest],
+    requests: Sequence[GenerateRequest],
     waiting: Collection[Accepted],
     open_samples: int,
 ) -> None:
-    """Raise RequestRefused where the workers cannot take all of the requests beside those that wait for one.
+    """Raise RequestRefused where these workers, of one model, cannot take all of the requests beside those
+    that wait for one.
 
     INVALID for what would never fit, OVERLOADED for what does not fit now, UNAVAILABLE when all workers that
     decode are on their way out; the client is told `open_samples`.
@@ -123,7 +124,8 @@ def check_room(
     if homes and not room:
         message = "all workers that decode are shutting down; try again later"
         raise RequestRefused(ErrorCode.UNAVAILABLE, message)
-    for one in waiting:  # who was accepted before comes first
+    # Who was accepted before comes first.
+    for one in [each for each in waiting if each.request.model == requests[0].model]:
         roomiest = max(room, key=lambda m: room[m])
         room[roomiest] = max(0, room[roomiest] - len(one.samples))
     for request in requests:

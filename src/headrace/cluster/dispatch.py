@@ -6,6 +6,7 @@ In: accepted requests that have no worker, and what workers tell of their caches
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,7 +62,10 @@ class Dispatch:
         self._epoch = f"{world.random.stream('gateway epoch').getrandbits(32):08x}"
         guess_key = world.random.stream("guess key").getrandbits(_GUESS_KEY_BITS).to_bytes(32, "big")
         self._holdings = Holdings(options.cache_key, guess_key)
-        self._router = Router(options.routing, self._holdings, world.random.stream("routing"), report)
+        chance = world.random.stream("routing")
+        self._new_router = functools.partial(Router, options.routing, self._holdings, chance, report)
+        self._routers: dict[str, Router] = {}
+        self.router_of(registry.first_model)  # refuses a policy that there is not
 
     # ---- what workers tell ---------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Dispatch:
     def place(self, accepted: Accepted) -> bool:
         """Give a request to a worker; False: none has room. Raises ProtocolError for one too long to send."""
         samples = accepted.samples
-        possible = possible_homes(self._registry.live(), len(samples))
+        possible = possible_homes(self._registry.live(accepted.request.model), len(samples))
         if not possible:
             return False
         request, progress = accepted.request, accepted.progress
@@ -137,24 +141,25 @@ class Dispatch:
     def foresee(self, request: GenerateRequest) -> tuple[float, float] | None:
         """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it."""
         samples, now = request.sampling.n, self._world.now()
-        possible = possible_homes(self._registry.live(), samples)
+        possible = possible_homes(self._registry.live(request.model), samples)
         if not possible:
             return None
         prompt = Prompt(request.prompt, shared_salt(request))
         wish = Wish.of(request, len(prompt.tokens), samples)
-        among = self._router.candidates(possible, wish, prompt, now)
+        router = self.router_of(request.model)
+        among = router.candidates(possible, wish, prompt, now)
         soonest = int(among.ttft_s.argmin())
         ttft_s, tpot_s = float(among.ttft_s[soonest]), float(among.tpot_s[soonest])
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
         if may_split(request, home, uncached, self._options.split):
             prefills = self.possible_prefills(home)
             if prefills:
-                ttft_s = float(self._router.candidates(prefills, wish, prompt, now).ttft_s.min())
+                ttft_s = float(router.candidates(prefills, wish, prompt, now).ttft_s.min())
         return ttft_s, tpot_s
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
-        return possible_prefills(self._registry.live(), home, self._options.split)
+        return possible_prefills(self._registry.live(home.model), home, self._options.split)
 
     def place_prefill(self, accepted: Accepted, home: Leg) -> Leg | None:
         """Have a prompt computed for its home by another worker; None: none has room.
@@ -178,11 +183,18 @@ class Dispatch:
     ) -> tuple[Member, int]:
         """A worker, and how many tokens of the prompt it has to compute."""
         wish = Wish.of(accepted.request, len(prompt.tokens), len(accepted.samples))
-        member, decision = self._router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
+        router = self.router_of(accepted.request.model)
+        member, decision = router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
         accepted.journey.decisions.append(decision)
         return member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])
+
+    def router_of(self, model: str) -> Router:
+        """Each model has its own: a policy that takes turns takes them among its workers."""
+        if model not in self._routers:
+            self._routers[model] = self._new_router()
+        return self._routers[model]
 
 
 def _as_sent(request: GenerateRequest, leg_name: str) -> GenerateRequest:
     """What a worker needs to know of a request."""
-    return msgspec.structs.replace(request, request_id=leg_name, session="", tenant="")
+    return msgspec.structs.replace(request, request_id=leg_name, model="", session="", tenant="")

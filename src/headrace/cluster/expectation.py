@@ -51,7 +51,7 @@ class Naive(Foresight):
         self._registry = registry
 
     def expect(self, request: GenerateRequest) -> Expectation | None:
-        live = [member for member in self._registry.live() if member.stats is not None]
+        live = [member for member in self._registry.live(request.model) if member.stats is not None]
         if not live:
             return None
         prefill = [m for m in live if not m.info.role.decodes] or live

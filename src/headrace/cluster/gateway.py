@@ -105,6 +105,10 @@ class Gateway:
         """What the engines have in common, also of the last one that is gone."""
         return self._readiness.info
 
+    def info_of(self, model: str) -> EngineInfo | None:
+        """What the engines of one model have in common, likewise."""
+        return self._readiness.info_of(model)
+
     @property
     def start_failure(self) -> str | None:
         """Why a worker said it cannot start, if one did since another last could."""
@@ -280,6 +284,7 @@ class Gateway:
         Raises RequestRefused: INVALID for what can never be served, OVERLOADED for what would not fit the
         workers' queues, UNAVAILABLE without a worker. An id in use is a ValueError.
         """
+        requests = self.registry.named(requests)
         try:
             stream = self._submit(*requests)
         except RequestRefused as refused:
@@ -292,14 +297,15 @@ class Gateway:
         return stream
 
     def _submit(self, *requests: GenerateRequest) -> OutputStream:
-        info = self._readiness.check()
+        info = self._readiness.check(requests[0].model)
         limits = ModelLimits(info.max_model_len, info.vocab_size)
         for request in requests:
             if self._ledger.get(request.request_id) is not None:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             check_request(request, limits)
         admitted = self._admission.admit(requests)
-        check_room(self.registry.live(), admitted.requests, self._replays.waiting, self.open_samples)
+        live = self.registry.live(admitted.requests[0].model)
+        check_room(live, admitted.requests, self._replays.waiting, self.open_samples)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self.cancel, admitted.degraded)
         now = self._world.now()

@@ -75,15 +75,25 @@ class AdmissionOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """A model whose workers may join. They form a group: a request stays within it to its end."""
+
+    name: str
+    """What clients ask for, and what its workers say that they serve."""
+    revision: str = ""
+    """Hash of its weights and configuration: workers of another one are refused. Empty: the first one's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
+    models: tuple[ModelOptions, ...] = ()
+    """Workers of others are refused. Without any, whatever models there are are those of the workers."""
     split: SplitPolicy = SplitPolicy()
     routing: RoutingOptions = RoutingOptions()
     slo: ServiceLevels = ServiceLevels()
     admission: AdmissionOptions = AdmissionOptions()
     cache_key: bytes = field(default=b"", repr=False)
     """Of the hashes that name KV blocks, where the gateway may compute them; a secret."""
-    revision: str = ""
-    """The model's, where the gateway has its files: workers of another one are refused."""
     heartbeat_s: float = 1.0
     suspect_after_s: float = 3.0
     """A worker that was silent for so long gets nothing new while there is another."""

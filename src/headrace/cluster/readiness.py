@@ -61,11 +61,24 @@ class Readiness:
         """What the engines have in common, read from any of them; also of the last one that is gone."""
         return reference(self._registry.live()) or reference(self._registry)
 
-    def check(self) -> EngineInfo:
-        """What the engines have in common. Raises RequestRefused where no request is taken."""
-        if self.state is not GatewayState.READY or self.info is None:
+    def info_of(self, model: str) -> EngineInfo | None:
+        """What the engines of one model have in common."""
+        return reference(self._registry.live(model)) or reference(self._registry.known(model))
+
+    def check(self, model: str) -> EngineInfo:
+        """What the model's engines have in common. Raises RequestRefused where no request for it is taken."""
+        if self.state is not GatewayState.READY:
             raise RequestRefused(ErrorCode.UNAVAILABLE, _WHY_UNAVAILABLE[self.state])
-        return self.info
+        info = self.info_of(model)
+        if info is None or not self.serves(model):
+            raise RequestRefused(
+                ErrorCode.UNAVAILABLE, f"no worker of the model {model!r} serves now; try again later"
+            )
+        return info
+
+    def serves(self, model: str) -> bool:
+        """Whether a worker of the model decodes."""
+        return any(member.info.role.decodes for member in self._registry.live(model))
 
     def member_up(self, member: Member) -> None:
         self._was_ready = self._was_ready or member.info.role.decodes
@@ -105,7 +118,6 @@ class Readiness:
 
 _WHY_UNAVAILABLE = {
     GatewayState.STARTING: "the model is being loaded; try again later",
-    GatewayState.READY: "the model is being loaded; try again later",
     GatewayState.DRAINING: "the server is shutting down",
     GatewayState.DEAD: "no engine serves now; try again later",
 }

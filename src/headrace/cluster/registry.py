@@ -11,13 +11,16 @@ DOWN     | connection lost, silence of `lapse_s`, its goodbye   | no; known for 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
 
 from headrace.cluster.facts import Fact, new_row
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import EngineInfo, FromWorker, SequenceTimes, StepStats, WorkerInfo
+from headrace.protocol.requests import GenerateRequest
 
 
 class MemberState(enum.StrEnum):
@@ -72,6 +75,8 @@ class Member:
         engine, role = info.engine, info.role
         self.info = info
         self.worker_id = info.worker_id
+        self.model = engine.model
+        """Its group: requests go from one of its members to another, and to no others."""
         self.channel = channel
         self.heard_s = heard_s
         self.why_down = ""
@@ -146,7 +151,8 @@ def _averaged(before: float, now: float | None) -> float:
     return before if now is None else before + 0.05 * (now - before)
 
 
-_SAME = ("model", "revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")
+_SAME = ("revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")
+"""What workers of one model have in common."""
 
 
 class Registry:
@@ -164,8 +170,21 @@ class Registry:
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
 
-    def live(self) -> Iterable[Member]:
-        return (member for member in self if member.is_live)
+    def live(self, model: str | None = None) -> Iterable[Member]:
+        """All that are there, or those of one model."""
+        return (each for each in self if each.is_live and (model is None or each.model == model))
+
+    def known(self, model: str) -> Iterable[Member]:
+        """Those of one model, also the ones that are gone and may come back."""
+        return (each for each in self if each.model == model)
+
+    @property
+    def first_model(self) -> str:
+        """Of requests that name none; empty where nobody has said what there is."""
+        if self._options.models:
+            return self._options.models[0].name
+        known = next(iter(self.live()), None) or next(iter(self), None)
+        return known.model if known is not None else ""
 
     def get(self, worker_id: str) -> Member | None:
         return self._members.get(worker_id)
@@ -178,18 +197,14 @@ class Registry:
         While the gateway `owes` answers, those that were lost with them count as well: what they began is not
         gone on with by another model. Raises Unfit.
         """
-        revision = self._options.revision
-        if revision and info.engine.revision != revision:
-            raise Unfit(
-                f"its model revision is {info.engine.revision}, and that of the gateway is {revision}"
-            )
+        info = self._of_model(info)
         former = self._members.get(info.worker_id)
         if former is not None and not former.is_live:
             former = None
         if former is not None and now - former.heard_s <= 2 * self._options.heartbeat_s:
             raise UnfitNow(f"another worker is called {info.worker_id!r}; give each its own name")
         for other in self.live():
-            if other is not former:
+            if other is not former and other.model == info.engine.model:
                 _check_fit(info, other.info)
         self._check_fit_to_lost(info, now, owes)
         self._members[info.worker_id] = Member(info, channel, now)
@@ -206,23 +221,56 @@ class Registry:
             if not member.is_live and now - member.down_s > self._options.replay_timeout_s:
                 del self._members[member.worker_id]
 
+    def named(self, requests: Sequence[GenerateRequest]) -> tuple[GenerateRequest, ...]:
+        """The requests with the model that they are of. Raises ValueError where it is not one."""
+        if len({request.model for request in requests}) > 1:
+            raise ValueError("requests that are made together are of one model")
+        if requests[0].model:
+            return tuple(requests)
+        model = self.first_model
+        return tuple([msgspec.structs.replace(request, model=model) for request in requests])
+
+    def _of_model(self, info: WorkerInfo) -> WorkerInfo:
+        """The worker under the name that the gateway has for its model. Raises Unfit where it has none.
+
+        A worker may call its model by another name, where its weights leave no doubt.
+        """
+        engine, served = info.engine, self._options.models
+        if not served:
+            return info
+        found = [one for one in served if one.name == engine.model]
+        found = found or [one for one in served if one.revision == engine.revision]
+        found = found or list(served) if len(served) == 1 else found
+        if len(found) != 1:
+            names = ", ".join(one.name for one in served)
+            raise Unfit(
+                f"its model is {engine.model!r}, and the gateway serves {names}; give it one of these names "
+                "with --served-model-name, or name its model to the gateway"
+            )
+        (one,) = found
+        if one.revision not in ("", engine.revision):
+            raise Unfit(f"its model revision is {engine.revision}, and that of the gateway is {one.revision}")
+        return msgspec.structs.replace(info, engine=msgspec.structs.replace(engine, model=one.name))
+
     def _check_fit_to_lost(self, info: WorkerInfo, now: float, owes: bool) -> None:
         """What waits for a worker was begun by one of these; it waits no longer than they are remembered."""
         try:
-            for lost in self:
+            for lost in self.known(info.engine.model):
                 if owes and not lost.is_live and now - lost.down_s <= self._options.replay_timeout_s:
                     _check_fit(info, lost.info)
         except Unfit as unfit:
             raise UnfitNow(f"{unfit}, whose requests still wait") from unfit
 
     def expects_other(self, than: Member, now: float) -> bool:
-        """Whether another worker decodes, or may do so again soon; while the gateway is young, any may."""
+        """Whether another worker of its model decodes, or may do so again soon; while the gateway is young,
+        any may.
+        """
         if self._opened_s is not None and now - self._opened_s <= 2 * self._options.heartbeat_s:
             return True
         return any(
             other.info.role.decodes
             and (other.is_live or now - other.down_s <= self._options.replay_timeout_s)
-            for other in self
+            for other in self.known(than.model)
             if other is not than and other.worker_id != than.worker_id
         )
 

@@ -130,13 +130,12 @@ class Replays:
         most_s = self._options.replay_timeout_s
         while self._waiting:
             now = self._world.now()
-            live = list(self._registry.live())
             impatient = [one for one in self._waiting if now >= self._patience_ends_s(one)]
-            for accepted in [one for one in impatient if not possible_homes(live, len(one.samples))]:
+            for accepted in [one for one in impatient if not self._fits(one)]:
                 self._delivery.end_all(
                     accepted, f"no other worker was free within {most_s:g} s; send it again"
                 )
-            fits = (one for one in self._waiting if possible_homes(live, len(one.samples)))
+            fits = (one for one in self._waiting if self._fits(one))
             if (first := next(fits, None)) is not None:
                 self._place(first)
                 await asyncio.sleep(self._options.replay_pause_s)
@@ -146,6 +145,10 @@ class Replays:
                     # Awaited here and by no other task: one would begin to listen a turn of the loop later.
                     async with asyncio.timeout(ends_s - now):
                         await self._desk.wait_changed()
+
+    def _fits(self, accepted: Accepted) -> bool:
+        """Whether a worker of its model has room."""
+        return bool(possible_homes(self._registry.live(accepted.request.model), len(accepted.samples)))
 
     def _patience_ends_s(self, accepted: Accepted) -> float:
         since_s = accepted.waits_since_s

@@ -46,6 +46,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     request_id: str
     prompt: list[int]
     sampling: SamplingParams
+    model: str = ""
+    """Which of the gateway's models; empty is its first. Workers, which have one, are not told."""
     priority: int = 0
     """Lower is more urgent; equal priorities are served in order of arrival."""
     cache_salt: str = ""
