@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -38,10 +39,14 @@ class Server:
             self._process.kill()
             raise
         self.url = self.lines[-1].rpartition(" ")[2].removesuffix("/v1")
+        return self
+
+    @functools.cached_property
+    def processes(self) -> dict[str, psutil.Process]:
+        """Those of a server with one worker."""
         gateway = psutil.Process(self._process.pid)
         (worker,) = gateway.children()
-        self.processes = {"gateway": gateway, "worker": worker, "engine": worker.children()[0]}
-        return self
+        return {"gateway": gateway, "worker": worker, "engine": worker.children()[0]}
 
     def __exit__(self, *exception: object) -> None:
         self._process.send_signal(signal.SIGTERM)
