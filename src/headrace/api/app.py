@@ -1,7 +1,7 @@
 """The application: all routes with one form of error, and the doors that a request passes on its way to them.
 
-From the outside in: origins (CORS), the body's limits, the key, idempotency. Each is plain ASGI and leaves
-the messages of a running stream alone.
+From the outside in: origins (CORS), the body's limits, the key, idempotency, the short way to routes
+that generate. Each is plain ASGI and leaves the messages of a running stream alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from headrace.api.bodies import BodyLimit
 from headrace.api.chat import chat_routes
 from headrace.api.cluster import cluster_routes
 from headrace.api.completions import completion_routes
+from headrace.api.direct import Direct
 from headrace.api.document import openapi_of
 from headrace.api.errors import install_error_handlers
 from headrace.api.idempotency import Idempotency
@@ -35,15 +36,11 @@ def create_app(server: Server) -> FastAPI:
     options = server.options
     app = FastAPI(title="Headrace", version=__version__, docs_url="/docs", redoc_url=None)
     install_error_handlers(app)
-    for routes in (
-        lifecycle_routes,
-        model_routes,
-        chat_routes,
-        completion_routes,
-        tokenize_routes,
-        cluster_routes,
-    ):
-        app.include_router(routes(server))
+    generating = [chat_routes(server), completion_routes(server)]
+    others = [routes(server) for routes in (lifecycle_routes, model_routes, tokenize_routes, cluster_routes)]
+    for router in (*generating, *others):
+        app.include_router(router)
+    app.add_middleware(Direct, routers=generating)
     app.add_middleware(Idempotency)
     if options.keys:
         app.add_middleware(KeyRequired, keys=KeyRing(options.keys, time.monotonic))

@@ -114,24 +114,34 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+ANSWERED = (ApiError, RequestRefused, TextError)
+"""What routes raise and clients are told."""
+
+
+def answered(error: Exception) -> ApiError:
+    """The answer to one of ANSWERED."""
+    match error:
+        case RequestRefused():
+            return ApiError.of(error.error)
+        case TextError():
+            return ApiError(400, str(error), param=error.field)
+        case ApiError():
+            return error
+    raise error
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer everything that a route raises, or that keeps it from being called, with an error object."""
 
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
+    async def known(request: Request, error: Exception) -> Response:
+        return answered(error).response()
 
-    @app.exception_handler(RequestRefused)
-    async def refused(request: Request, error: RequestRefused) -> Response:
-        return ApiError.of(error.error).response()
-
-    @app.exception_handler(TextError)
-    async def not_text(request: Request, error: TextError) -> Response:
-        return ApiError(400, str(error), param=error.field).response()
+    for kind in ANSWERED:
+        app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _validation_error(error.errors(), request.headers.get("content-type", "")).response()
+        return validation_error(error.errors(), request.headers.get("content-type", "")).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -141,7 +151,7 @@ def install_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not allowed at {request.url.path}"
         elif error.status_code == 400 and error.__cause__ is not None:
-            message = _unread(error.__cause__, await request.body())
+            message = unread(error.__cause__, await request.body())
         response = ApiError.of_status(error.status_code, message).response()
         response.headers.update(error.headers or {})  # such as Allow
         return response
@@ -152,7 +162,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "the server failed on this request; its log has the details").response()
 
 
-def _unread(why: BaseException, body: bytes) -> str:
+def unread(why: BaseException, body: bytes) -> str:
     """What keeps a body from being read as JSON, where it is not JSON's own grammar."""
     if isinstance(why, UnicodeDecodeError):
         return f"the body is not UTF-8: byte 0x{body[why.start]:02x} at position {why.start}; send UTF-8"
@@ -167,7 +177,7 @@ def _unread(why: BaseException, body: bytes) -> str:
     return f"the body cannot be read: {why}"
 
 
-def _validation_error(found: Sequence[Any], content_type: str) -> ApiError:
+def validation_error(found: Sequence[Any], content_type: str) -> ApiError:
     """The first thing that is wrong, with the path of its field as `messages[0].role`."""
     first = found[0]
     if first["type"] == "missing" and tuple(first["loc"]) == ("body",):

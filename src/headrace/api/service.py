@@ -11,6 +11,7 @@ server stands.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -108,7 +109,9 @@ class Service:
         try:
             await asyncio.wait({opening, signalled}, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
-                self._tell_ready(await opening)
+                ready = await opening
+                _keep_what_stays()
+                self._tell_ready(ready)
                 lost = asyncio.create_task(self._cluster.wait_given_up(), name="engine end")
                 await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
@@ -183,3 +186,10 @@ class Service:
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         took_s = time.monotonic() - self._started_s
         self._say(f"ready after {took_s:.1f} s: http://{where}/v1")
+
+
+def _keep_what_stays() -> None:
+    """Spare the collector what start-up made: modules, routes, tokenizer. It stays until the end, and to walk
+    through all of it for each collection of the oldest generation took a tenth of the process's time."""
+    gc.collect()
+    gc.freeze()
