@@ -32,7 +32,7 @@ from headrace.protocol.messages import (
     Welcome,
     WorkerInfo,
 )
-from headrace.protocol.requests import ErrorCode, Finish, FinishReason, SequenceOutput
+from headrace.protocol.requests import ErrorCode, Finish, FinishReason, GenerateRequest, SequenceOutput
 from headrace.sim import Crash
 from headrace.worker import serve
 from headrace.world import Connection, ConnectionLost
@@ -404,10 +404,10 @@ class Recorder(GatewayObserver):
     def step(self, worker_id: str, stats: StepStats) -> None:
         self.steps.append(stats)
 
-    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
+    def first_tokens(self, request: GenerateRequest, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self.ttfts.append(ttft_s)
 
-    def next_tokens(self, gap_s: float, tokens: int) -> None:
+    def next_tokens(self, request: GenerateRequest, gap_s: float, tokens: int) -> None:
         self.gaps.append((gap_s, tokens))
 
     def ended(self, ending: Ending) -> None:

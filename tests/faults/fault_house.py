@@ -47,10 +47,10 @@ class Tally(GatewayObserver):
         self.read_blocks = 0
         """Those that came over NIXL."""
 
-    def replayed(self) -> None:
+    def replayed(self, request: GenerateRequest) -> None:
         self.replays += 1
 
-    def handed_over(self, settled: ImportSettled) -> None:
+    def handed_over(self, request: GenerateRequest, settled: ImportSettled) -> None:
         self.transfers += settled.imported
         self.failed_transfers += not settled.imported
         self.read_blocks += settled.read if settled.imported else 0

@@ -253,8 +253,8 @@ def test_the_page_before_there_is_an_engine() -> None:
 
 def test_tokens_that_come_together_share_their_time() -> None:
     metrics = Metrics("hash", lambda: 0.0)
-    metrics.first_tokens(0.5, 2, 7)
-    metrics.next_tokens(0.3, 3)
+    metrics.first_tokens(request("r"), 0.5, 2, 7)
+    metrics.next_tokens(request("r"), 0.3, 3)
     page = Page(metrics)
     assert page.histogram("inter_token_latency_seconds") == seconds(3, 0.3)
     assert page.labelled("inter_token_latency_seconds_bucket", le="0.1") == 3

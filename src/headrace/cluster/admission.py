@@ -5,7 +5,8 @@
     pressure above 1 ──▶ refused, with the estimate and when to try again   (normal and low)
 
 Pressure is the predicted TTFT or TPOT against what the class of the request may expect, whichever is worse.
-A high-priority request is neither degraded nor refused while there is room.
+A high-priority request is neither degraded nor refused while there is room. A step to a smaller model is for
+whoever made the request, and has its text: admission only says so, and the ladder begins anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from headrace.cluster.expectation import Expectation, Foresight
 from headrace.cluster.ledger import Accepted
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
+from headrace.cluster.versions import Choice, StepDown
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest
 
@@ -42,26 +44,40 @@ class Admission:
         self._slo = slo
         self._foresight = foresight
 
-    def admit(self, requests: Sequence[GenerateRequest]) -> Admitted:
-        """Raises WouldWait with the estimate and when to try again."""
+    def admit(self, requests: Sequence[GenerateRequest], choice: Choice | None = None) -> Admitted:
+        """Raises WouldWait with the estimate and when to try again; StepDown where the smaller model of their
+        `choice` is to serve them.
+        """
         options = self._options
         band = Band.of(requests[0].priority)
         if band is Band.HIGH or not (options.early_rejection or options.degrade):
             return Admitted(tuple(requests))
-        taken: list[str] = []
+        taken = [f"model={choice.model}"] if choice is not None and choice.instead_of else []
         worst = max(requests, key=lambda request: len(request.prompt))
         expected = self._foresight.expect(worst)
         for step in options.degrade:
-            if expected is None or self._pressure(expected, band) <= step.above:
+            pressure = math.inf if expected is None else self._pressure(expected, band)
+            if pressure <= step.above:
                 break
+            if step.lower == "model":
+                self._step_down(worst, pressure, choice)
+                continue
             lower = [_lowered(request, step) for request in requests]
-            if lower != list(requests):
+            if expected is not None and lower != list(requests):
                 requests, worst = lower, _lowered(worst, step)
-                taken.append(step.in_words)
+                taken.append(step.in_words(""))
                 expected = self._foresight.expect(worst)
         if expected is not None and self._refuses(expected, band):
             raise self._refusal(expected, band)
         return Admitted(tuple(requests), tuple(taken))
+
+    def _step_down(self, worst: GenerateRequest, pressure: float, choice: Choice | None) -> None:
+        """Raise StepDown where the smaller model is under less; its tokens are taken to be as many."""
+        if choice is None or not choice.smaller:
+            return
+        smaller = self._foresight.expect(msgspec.structs.replace(worst, model=choice.smaller))
+        if smaller is not None and self._pressure(smaller, Band.of(worst.priority)) < pressure:
+            raise StepDown
 
     def _limit_s(self, band: Band) -> float:
         """The TTFT above which a request is refused."""
@@ -94,7 +110,7 @@ class Admission:
 
 def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
     sampling = request.sampling
-    if getattr(sampling, step.lower) <= step.to:
+    if step.to is None or getattr(sampling, step.lower) <= step.to:
         return request
     changes: dict[str, int] = {step.lower: step.to}
     if step.lower == "max_tokens":

@@ -71,14 +71,14 @@ class Delivery:
 
     def _measure(self, accepted: Accepted, sample: Sample, output: SequenceOutput, now: float) -> None:
         if sample.tokens:
-            self._observer.next_tokens(now - sample.last_s, len(output.tokens))
+            self._observer.next_tokens(accepted.request, now - sample.last_s, len(output.tokens))
             return
         sample.first_s = now
         if not accepted.answered:
             accepted.answered = True
             self._observer.answered(accepted.request, now - accepted.began_s)
         prompt = len(accepted.request.prompt) if output.index == 0 else 0
-        self._observer.first_tokens(now - accepted.began_s, len(output.tokens), prompt)
+        self._observer.first_tokens(accepted.request, now - accepted.began_s, len(output.tokens), prompt)
         if output.index == 0:
             accepted.told_prompt = True
             accepted.journey.note(now, "first token", _where(accepted))

@@ -7,10 +7,10 @@ is asked of it is bounded: what the workers would have to queue beyond their lim
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from headrace.cluster.admission import Admission, check_room
-from headrace.cluster.classes import Band, Refusal
+from headrace.cluster.classes import Refusal
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch
 from headrace.cluster.expectation import Naive, Predictive
@@ -24,6 +24,7 @@ from headrace.cluster.readiness import GatewayState, Readiness
 from headrace.cluster.registry import Member, MemberState, Registry
 from headrace.cluster.replay import Replays
 from headrace.cluster.stream import OutputStream
+from headrace.cluster.versions import Choice, Versions
 from headrace.engine.limits import ModelLimits, RequestRefused, check_request
 from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import (
@@ -67,6 +68,7 @@ class Gateway:
         self.registry = Registry(self._options)
         self.journeys = Journeys()
         self._readiness = Readiness(self.registry)
+        self.versions = Versions(self._options, self._readiness.serves, world.random.stream("versions"))
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
         self._dispatch = Dispatch(world, self._options, self.registry, self._ledger, self, report)
@@ -278,38 +280,39 @@ class Gateway:
 
     # ---- the client's side ---------------------------------------------------------------------------
 
-    def submit(self, *requests: GenerateRequest) -> OutputStream:
-        """Hand requests to workers, all of them or none.
+    def submit(self, *requests: GenerateRequest, choice: Choice | None = None) -> OutputStream:
+        """Hand requests to workers, all of them or none; `choice` is how their model was chosen.
 
         Raises RequestRefused: INVALID for what can never be served, OVERLOADED for what would not fit the
-        workers' queues, UNAVAILABLE without a worker. An id in use is a ValueError.
+        workers' queues, UNAVAILABLE without a worker; StepDown where the smaller model of `choice` is to
+        serve them. An id in use is a ValueError.
         """
         requests = self.registry.named(requests)
         try:
-            stream = self._submit(*requests)
+            stream = self._submit(requests, choice)
         except RequestRefused as refused:
-            self._observer.refused(Band.of(requests[0].priority), Refusal.of(refused))
+            self._observer.refused(requests[0], Refusal.of(refused))
             raise
         if stream.degraded:
-            self._observer.degraded(Band.of(requests[0].priority), stream.degraded)
+            self._observer.degraded(requests[0], stream.degraded)
         for request in requests:
             self._observer.accepted(request)
         return stream
 
-    def _submit(self, *requests: GenerateRequest) -> OutputStream:
+    def _submit(self, requests: Sequence[GenerateRequest], choice: Choice | None) -> OutputStream:
         info = self._readiness.check(requests[0].model)
         limits = ModelLimits(info.max_model_len, info.vocab_size)
         for request in requests:
             if self._ledger.get(request.request_id) is not None:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             check_request(request, limits)
-        admitted = self._admission.admit(requests)
+        admitted = self._admission.admit(requests, choice)
         live = self.registry.live(admitted.requests[0].model)
         check_room(live, admitted.requests, self._replays.waiting, self.open_samples)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self.cancel, admitted.degraded)
         now = self._world.now()
-        accepted = [self._accept(request, stream, now) for request in admitted.requests]
+        accepted = [self._accept(request, stream, now, choice) for request in admitted.requests]
         try:
             for one in accepted:
                 self.place(one)
@@ -323,10 +326,14 @@ class Gateway:
             raise
         return stream
 
-    def _accept(self, request: GenerateRequest, stream: OutputStream, now: float) -> Accepted:
+    def _accept(
+        self, request: GenerateRequest, stream: OutputStream, now: float, choice: Choice | None
+    ) -> Accepted:
         journey = self.journeys.begin(request.request_id, len(request.prompt), now)
         accepted = self._ledger.enter(request, stream, journey, now)
         self._world.trace("gateway.submit", request.request_id)
+        if choice is not None and choice.why:
+            journey.note(now, "version drawn", model=choice.instead_of or choice.model, why=choice.why)
         if stream.degraded:
             journey.note(now, "degraded", why=", ".join(stream.degraded))
         return accepted

@@ -138,7 +138,7 @@ class Handoffs:
     def _settled(self, accepted: Accepted, settled: ImportSettled) -> None:
         if not settled.imported and 0 not in accepted.samples:
             return  # its sample ended before: the pull was given up, it did not fail
-        self._observer.handed_over(settled)
+        self._observer.handed_over(accepted.request, settled)
         if settled.imported:
             self._note(
                 accepted,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from headrace.cluster.classes import Band, Refusal
+from headrace.cluster.classes import Refusal
 from headrace.cluster.registry import MemberState
 from headrace.protocol.messages import ImportSettled, SequenceTimes, StepStats, WorkerInfo
 from headrace.protocol.requests import FinishReason, GenerateRequest
@@ -47,20 +47,20 @@ class GatewayObserver:
     def step(self, worker_id: str, stats: StepStats) -> None:
         """A step was committed, or requests ended without one."""
 
-    def replayed(self) -> None:
+    def replayed(self, request: GenerateRequest) -> None:
         """A request lost its worker and is to go on at another."""
 
-    def handed_over(self, settled: ImportSettled) -> None:
-        """A transfer of KV blocks has ended, well or not."""
+    def handed_over(self, request: GenerateRequest, settled: ImportSettled) -> None:
+        """A transfer of a request's KV blocks has ended, well or not."""
 
     def accepted(self, request: GenerateRequest) -> None:
         """A request was handed to the engine."""
 
-    def refused(self, band: Band, why: Refusal) -> None:
-        """A client asked for what the gateway does not accept, or not now."""
+    def refused(self, request: GenerateRequest, why: Refusal) -> None:
+        """A client asked for what the gateway does not accept, or not now; of several requests, the first."""
 
-    def degraded(self, band: Band, steps: Collection[str]) -> None:
-        """A client's requests were accepted with less than was asked for, as `n=1`."""
+    def degraded(self, request: GenerateRequest, steps: Collection[str]) -> None:
+        """A client's requests were accepted with less than was asked for, as `n=1`; this is the first."""
 
     def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
         """The first token of a request came so long after it; None where it ended in an error before one.
@@ -68,13 +68,13 @@ class GatewayObserver:
         Once for a request, whichever of its samples came first; never for one that was cancelled before.
         """
 
-    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
+    def first_tokens(self, request: GenerateRequest, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         """A sample's first tokens came so long after its request.
 
         Prompt tokens are counted with the first sample of a request only.
         """
 
-    def next_tokens(self, gap_s: float, tokens: int) -> None:
+    def next_tokens(self, request: GenerateRequest, gap_s: float, tokens: int) -> None:
         """So many further tokens of a sample came so long after those before."""
 
     def ended(self, ending: Ending) -> None:

@@ -48,14 +48,16 @@ class ServiceLevels:
 class DegradeStep:
     """Something that is taken from a request when it would have to wait too long."""
 
-    lower: Literal["n", "max_tokens"]
-    to: int
+    lower: Literal["n", "max_tokens", "model"]
+    """A number that it asks for; or its model, to the smaller one that is configured for it."""
+    to: int | None = None
+    """What is left of a number."""
     above: float = 0.8
     """When its predicted TTFT or TPOT is above this share of what it may expect."""
 
-    @property
-    def in_words(self) -> str:
-        return f"{self.lower}={self.to}"
+    def in_words(self, smaller: str) -> str:
+        """What a client is told of it; `smaller` is the model that serves instead."""
+        return f"{self.lower}={smaller if self.lower == 'model' else self.to}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +84,26 @@ class ModelOptions:
     """What clients ask for, and what its workers say that they serve."""
     revision: str = ""
     """Hash of its weights and configuration: workers of another one are refused. Empty: the first one's."""
+    smaller: str = ""
+    """The model that serves in its place when it is under pressure; empty: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasOptions:
+    """A name for several models, versions of what a client asks for."""
+
+    name: str
+    versions: tuple[tuple[str, float], ...]
+    """Models and their weights, of which at least one is above 0."""
+    smaller: str = ""
+    """As of a model; goes before what its versions say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
     models: tuple[ModelOptions, ...] = ()
     """Workers of others are refused. Without any, whatever models there are are those of the workers."""
+    aliases: tuple[AliasOptions, ...] = ()
     split: SplitPolicy = SplitPolicy()
     routing: RoutingOptions = RoutingOptions()
     slo: ServiceLevels = ServiceLevels()

@@ -88,7 +88,7 @@ class Replays:
             self._delivery.end_all(accepted, over)
             return
         accepted.journey.note(self._world.now(), "replayed", lost.worker_id if lost else "", why=why)
-        self._observer.replayed()
+        self._observer.replayed(accepted.request)
         self.wait(accepted)
 
     def _why_over(self, accepted: Accepted, lost: Member | None, why: str) -> str:

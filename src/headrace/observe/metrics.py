@@ -107,7 +107,9 @@ class Metrics(GatewayObserver, Collector):
                 {"class": Band, "reason": Refusal},
             )
         )
-        ladder = dict.fromkeys(step.in_words for step in options.admission.degrade)
+        smaller = {one.smaller for one in options.models} | {one.smaller for one in options.aliases}
+        taken = (step for step in options.admission.degrade if step.lower != "model" or model in smaller)
+        ladder = dict.fromkeys(step.in_words(model) for step in taken)
         self._degraded = add(
             CounterBy(
                 "request_degraded",
@@ -277,10 +279,10 @@ class Metrics(GatewayObserver, Collector):
             self._overhead_s.observe(stats.step_s - stats.kernel_s)
             self._step_tokens.observe(stats.tokens)
 
-    def replayed(self) -> None:
+    def replayed(self, request: GenerateRequest) -> None:
         self._replays.value += 1
 
-    def handed_over(self, settled: ImportSettled) -> None:
+    def handed_over(self, request: GenerateRequest, settled: ImportSettled) -> None:
         self._handoffs.values[settled.cause or TRANSFERRED,] += 1
         if settled.imported:
             self._moved_bytes.value += settled.bytes_moved
@@ -307,12 +309,12 @@ class Metrics(GatewayObserver, Collector):
         self._params_n.observe(request.sampling.n)
         self._params_max_tokens.observe(request.sampling.max_tokens)
 
-    def refused(self, band: Band, why: Refusal) -> None:
-        self._refused.values[band, why] += 1
+    def refused(self, request: GenerateRequest, why: Refusal) -> None:
+        self._refused.values[Band.of(request.priority), why] += 1
 
-    def degraded(self, band: Band, steps: Collection[str]) -> None:
+    def degraded(self, request: GenerateRequest, steps: Collection[str]) -> None:
         for step in steps:
-            self._degraded.values[band, step] += 1
+            self._degraded.values[Band.of(request.priority), step] += 1
 
     def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
         self._judge(Band.of(request.priority), Slo.TTFT, ttft_s)
@@ -321,12 +323,12 @@ class Metrics(GatewayObserver, Collector):
         met = self._record.judge(band, slo, took_s)
         self._judged.values[band, slo, _MET[met]] += 1
 
-    def first_tokens(self, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
+    def first_tokens(self, request: GenerateRequest, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self._ttft.observe(ttft_s)
         self._generation_tokens.value += tokens
         self._prompt_tokens.value += prompt_tokens
 
-    def next_tokens(self, gap_s: float, tokens: int) -> None:
+    def next_tokens(self, request: GenerateRequest, gap_s: float, tokens: int) -> None:
         self._itl.observe(gap_s / tokens, tokens)
         self._generation_tokens.value += tokens
 

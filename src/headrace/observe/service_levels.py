@@ -10,8 +10,8 @@ Workbook, chapter 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from headrace.cluster.classes import Band, Slo
@@ -89,3 +89,11 @@ class ServiceRecord:
                 met, missed = sums[at], sums[at + 1]
                 limit_s = self.limits_s[band, slo]
                 yield Attainment(band, slo, window, limit_s, met + missed, met, self.objective)
+
+
+def together(records: Sequence[Sequence[Attainment]]) -> list[Attainment]:
+    """The same of several records: each class, limit and window once."""
+    return [
+        replace(alike[0], judged=sum(one.judged for one in alike), met=sum(one.met for one in alike))
+        for alike in zip(*records, strict=True)
+    ]

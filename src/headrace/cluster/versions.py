@@ -1,0 +1,95 @@
+"""Which model serves a request, of the name that its client asked for.
+
+In: a name, the session, and which models have workers. Out: a `Choice`. A name that stands for several
+versions gives each its share: by chance, or for a session always the same one while it has workers. It must
+not know requests, and what it chose holds to a request's end: no text changes its model midway.
+
+    a model's own name ──▶ that model
+    a name of several  ──weights, without those that nobody serves──▶ a version
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+from headrace.cluster.options import AliasOptions, GatewayOptions
+from headrace.world import Chance
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The model that serves, and what it was chosen from."""
+
+    asked: str
+    """The name that the client used."""
+    model: str
+    why: str = ""
+    """How a version was drawn, in words; empty where the name is the model's own."""
+    smaller: str = ""
+    """The model that serves in its place when it is under pressure; empty: none."""
+    instead_of: str = ""
+    """The model in whose place this one serves."""
+
+    def stepped_down(self) -> Choice:
+        """The smaller model in place of this one."""
+        return replace(self, model=self.smaller, smaller="", instead_of=self.model)
+
+
+class StepDown(Exception):
+    """A request that a smaller model is to serve: its text is to be tokenised anew, and submitted for
+    `Choice.stepped_down`. Nothing was accepted, refused or counted."""
+
+
+class Versions:
+    """The names that one gateway serves."""
+
+    def __init__(self, options: GatewayOptions, serves: Callable[[str], bool], chance: Chance) -> None:
+        """`serves` tells whether a model has workers that decode now."""
+        self._aliases = {alias.name: alias for alias in options.aliases}
+        self._smaller = {model.name: model.smaller for model in options.models}
+        self._serves = serves
+        self._chance = chance
+
+    def of(self, name: str) -> Mapping[str, float]:
+        """The share of each version of a name, all of them together 1; of a model's own name, the whole."""
+        if name not in self._aliases:
+            return {name: 1.0}
+        versions = self._aliases[name].versions
+        total = sum(weight for _, weight in versions)
+        return {model: weight / total for model, weight in versions}
+
+    def choose(self, name: str, session: str = "") -> Choice:
+        """The model for one request; where no version has workers, one of them all the same."""
+        alias = self._aliases.get(name)
+        if alias is None:
+            return Choice(name, name, smaller=self._smaller.get(name, ""))
+        shares = {model: share for model, share in self.of(name).items() if share > 0}
+        there = {model: share for model, share in shares.items() if self._serves(model)} or shares
+        if session:
+            drawn = max(there, key=lambda model: _rank(there[model], name, model, session))
+        else:
+            (drawn,) = self._chance.choices([*there], [*there.values()])
+        return Choice(name, drawn, _why(alias, shares, there, session), self._smaller_of(alias, drawn))
+
+    def _smaller_of(self, alias: AliasOptions, drawn: str) -> str:
+        smaller = alias.smaller or self._smaller.get(drawn, "")
+        return "" if smaller == drawn else smaller
+
+
+def _rank(share: float, name: str, model: str, session: str) -> float:
+    """Weighted rendezvous hashing (Schindelhauer and Schomaker 2005): the highest of all versions wins, each
+    in proportion to its share, and one that goes moves none of the others' sessions."""
+    digest = blake2b(f"{name}\0{model}\0{session}".encode(errors="surrogatepass"), digest_size=8).digest()
+    unit = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)  # within 0 and 1, and neither
+    return -share / math.log(unit)
+
+
+def _why(alias: AliasOptions, shares: Mapping[str, float], there: Mapping[str, float], session: str) -> str:
+    total = sum(there.values())
+    said = ", ".join(f"{model} {share / total:.0%}" for model, share in there.items())
+    gone = [model for model in shares if model not in there]
+    without = f"; without {', '.join(gone)}, which no worker serves now" if gone else ""
+    return f"{alias.name} is {said}: by {'its session' if session else 'chance'}{without}"
