@@ -151,6 +151,15 @@ def test_who_comes_late_goes_before_what_another_has_queued() -> None:
     assert order(line) == "b1a2a3a4"
 
 
+def test_time_without_requests_is_no_credit() -> None:
+    line = queue("a1", "a2", "a3", "a4")
+    for name in ("a1", "a2"):
+        line.serve(name)
+    for name in ("b1", "b2", "b3"):
+        line.add(name, Place(Band.NORMAL, "b"))
+    assert order(line) == "b1a3b2a4b3"
+
+
 def test_costly_requests_have_fewer_turns() -> None:
     assert order(queue("a1", "b1", "a2", "b2", "b3", "b4", a=3.0)) == "a1b1b2b3a2b4"
 

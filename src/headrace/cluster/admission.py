@@ -12,14 +12,14 @@ whoever made the request, and has its text: admission only says so, and the ladd
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from headrace.cluster.backlog import Backlog
 from headrace.cluster.classes import Band, Slo, WouldWait
 from headrace.cluster.expectation import Expectation, Foresight
-from headrace.cluster.ledger import Accepted
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
 from headrace.cluster.versions import Choice, StepDown
@@ -121,11 +121,11 @@ def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
 def check_room(
     members: Iterable[Member],
     requests: Sequence[GenerateRequest],
-    waiting: Collection[Accepted],
+    backlog: Backlog,
     open_samples: int,
 ) -> None:
     """Raise RequestRefused where these workers, of one model, cannot take all of the requests beside those
-    that wait for one.
+    that wait for one. So the workers' queues together bound the gateway's.
 
     INVALID for what would never fit, OVERLOADED for what does not fit now, UNAVAILABLE when all workers that
     decode are on their way out; the client is told `open_samples`.
@@ -136,20 +136,17 @@ def check_room(
     if wanted > most:
         message = f"{wanted} sequences are asked for at once, and the engine takes {most} at most"
         raise RequestRefused(ErrorCode.INVALID, message, "n")
-    room = {member: member.room for member in homes if member.takes_more}
-    if homes and not room:
+    if homes and not any(member.takes_more for member in homes):
         message = "all workers that decode are shutting down; try again later"
         raise RequestRefused(ErrorCode.UNAVAILABLE, message)
-    # Who was accepted before comes first.
-    for one in [each for each in waiting if each.request.model == requests[0].model]:
-        roomiest = max(room, key=lambda m: room[m])
-        room[roomiest] = max(0, room[roomiest] - len(one.samples))
-    for request in requests:
-        member = max(room, key=lambda m: room[m], default=None)
-        if member is None or room[member] < request.sampling.n:
-            raise RequestRefused(
-                ErrorCode.OVERLOADED,
-                f"{open_samples} sequences run or wait, {wanted} more are asked for, and the "
-                f"limit is {most}; try again later",
-            )
-        room[member] -= request.sampling.n
+    together = max((request.sampling.n for request in requests), default=0)
+    widest = max((member.most_samples for member in homes), default=0)
+    if together > widest:
+        message = f"{together} sequences are asked for of one prompt, and a worker takes {widest} at most"
+        raise RequestRefused(ErrorCode.INVALID, message, "n")
+    if wanted > backlog.room(requests[0].model):
+        raise RequestRefused(
+            ErrorCode.OVERLOADED,
+            f"{open_samples} sequences run or wait, {wanted} more are asked for, and the "
+            f"limit is {most}; try again later",
+        )

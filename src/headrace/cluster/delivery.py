@@ -54,9 +54,9 @@ class Delivery:
             self._end(accepted, sample, output.index, output.finish, now, times)
         accepted.stream.deliver(output)
 
-    def end_all(self, accepted: Accepted, why: str) -> None:
-        """End what has not ended of a request, with UNAVAILABLE."""
-        error = RequestError(ErrorCode.UNAVAILABLE, why)
+    def end_all(self, accepted: Accepted, why: str, code: ErrorCode = ErrorCode.UNAVAILABLE) -> None:
+        """End what has not ended of a request."""
+        error = RequestError(code, why)
         self._finish(accepted, list(accepted.samples), Finish(FinishReason.ERROR, error=error))
 
     def end_cancelled(self, accepted: Accepted) -> None:
@@ -99,8 +99,10 @@ class Delivery:
         accepted.journey.note(now, f"ended: {reason}", sample=index, tokens=len(sample.tokens))
         if not accepted.samples:
             self._over(accepted)
-            if reason is FinishReason.ERROR and not accepted.answered:
+            if not accepted.answered and reason is FinishReason.ERROR:
                 self._observer.answered(request, None)
+            elif not accepted.answered:
+                self._observer.gave_up(request, now - accepted.began_s)
         after_first = len(sample.tokens) - 1
         tpot_s = (sample.last_s - sample.first_s) / after_first if after_first > 0 else None
         self._observer.ended(

@@ -6,18 +6,23 @@ In: accepted requests that have no worker, and what workers tell of their caches
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
+from headrace.cluster import prediction
+from headrace.cluster.classes import Band
+from headrace.cluster.credit import Credit, credit_of, has_credit
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.ledger import Accepted, Ledger, Leg, Stage
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import Possible, may_split, possible_homes, possible_prefills
+from headrace.cluster.placement import Possible, all_prefills, may_split, possible_homes, possible_prefills
 from headrace.cluster.registry import Member, Registry
-from headrace.cluster.routing import Router, Wish
+from headrace.cluster.routing import Decision, Router, Wish
+from headrace.cluster.waiting import NOBODY, Ahead
 from headrace.engine.intake import shared_salt
 from headrace.protocol.handoff import Leg as LegKind
 from headrace.protocol.messages import (
@@ -33,6 +38,16 @@ from headrace.protocol.requests import GenerateRequest
 from headrace.world import World
 
 _GUESS_KEY_BITS = 256
+
+
+class Placed(enum.Enum):
+    """What came of an attempt to place a request."""
+
+    YES = enum.auto()
+    NO = enum.auto()
+    """No worker has room or credit."""
+    AWAITS_PREFILL = enum.auto()
+    """One that would decode it has, and none that should compute its prompt."""
 
 
 class Desk(Protocol):
@@ -65,6 +80,7 @@ class Dispatch:
         chance = world.random.stream("routing")
         self._new_router = functools.partial(Router, options.routing, self._holdings, chance, report)
         self._routers: dict[str, Router] = {}
+        self._promised: dict[Accepted, int] = {}
         self.router_of(registry.first_model)  # refuses a policy that there is not
 
     # ---- what workers tell ---------------------------------------------------------------------------
@@ -102,26 +118,55 @@ class Dispatch:
 
     # ---- requests ------------------------------------------------------------------------------------
 
-    def place(self, accepted: Accepted) -> bool:
-        """Give a request to a worker; False: none has room. Raises ProtocolError for one too long to send."""
-        samples = accepted.samples
+    def credit(self, model: str) -> Credit:
+        """What the workers of a model may be given now."""
+        homes = possible_homes(self._registry.live(model), 1)
+        prefills = all_prefills(self._registry.live(model), self._options.split)
+        promised = self._promised_tokens(model)
+        return credit_of(homes.facts, prefills.facts, self._options.queue.steps_ahead, promised)
+
+    def _has_credit(self, possible: Possible, band: Band, promised: float = 0.0) -> bool:
+        return bool(has_credit(possible.facts, band, self._options.queue.steps_ahead, promised).any())
+
+    def _promised_tokens(self, model: str) -> float:
+        """Of prompts whose homes reserve blocks: other workers will compute them, and nobody knows which."""
+        self._promised = {
+            one: tokens
+            for one, tokens in self._promised.items()
+            if one.stage is Stage.RESERVING and one.home is not None
+        }
+        return sum(tokens for one, tokens in self._promised.items() if one.request.model == model)
+
+    def place(self, accepted: Accepted) -> Placed:
+        """Give a request to a worker. Raises ProtocolError for one too long to send.
+
+        Among all that have room: one with credit is enough for the turn to be this request's, and where it
+        goes then is the router's affair.
+        """
+        samples, band = accepted.samples, Band.of(accepted.request.priority)
         possible = possible_homes(self._registry.live(accepted.request.model), len(samples))
-        if not possible:
-            return False
+        if not possible or not self._has_credit(possible, band):
+            return Placed.NO
         request, progress = accepted.request, accepted.progress
         generated = max(progress.generated.values(), key=len, default=[])
         accepted.prompt = Prompt([*request.prompt, *generated], shared_salt(request))
-        home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
-        accepted.attempts += 1
-        name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
+        decision, home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
         # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
         begins = 0 in samples and not samples[0].tokens
         split = begins and may_split(request, home, uncached, self._options.split)
-        split = split and bool(self.possible_prefills(home))
+        prefills = self.possible_prefills(home) if split else None
+        split = bool(prefills)
+        if prefills and not self._has_credit(prefills, band, self._promised_tokens(request.model)):
+            return Placed.AWAITS_PREFILL
+        accepted.journey.decisions.append(decision)
+        accepted.attempts += 1
+        name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
         accepted.stage = Stage.RESERVING if split else Stage.AT_HOME
         accepted.home = self._ledger.open_leg(accepted, name, home)
         home.open_samples += len(samples)
-        if not split:
+        if split:
+            self._promised[accepted] = uncached
+        else:
             home.expect(name, uncached)
         self._holdings.sent(home, accepted.prompt, self._world.now())
         self._desk.post(
@@ -136,10 +181,13 @@ class Dispatch:
         accepted.journey.note(
             self._world.now(), "placed", home.worker_id, attempt=accepted.attempts, uncached_tokens=uncached
         )
-        return True
+        return Placed.YES
 
-    def foresee(self, request: GenerateRequest) -> tuple[float, float] | None:
-        """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it."""
+    def foresee(self, request: GenerateRequest, ahead: Ahead = NOBODY) -> tuple[float, float] | None:
+        """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it.
+
+        Before it goes what is `ahead` of it, shared out among all workers that could take it.
+        """
         samples, now = request.sampling.n, self._world.now()
         possible = possible_homes(self._registry.live(request.model), samples)
         if not possible:
@@ -151,11 +199,13 @@ class Dispatch:
         soonest = int(among.ttft_s.argmin())
         ttft_s, tpot_s = float(among.ttft_s[soonest]), float(among.tpot_s[soonest])
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
+        computing, tokens = possible, ahead.tokens
         if may_split(request, home, uncached, self._options.split):
             prefills = self.possible_prefills(home)
             if prefills:
                 ttft_s = float(router.candidates(prefills, wish, prompt, now).ttft_s.min())
-        return ttft_s, tpot_s
+                computing, tokens = prefills, tokens + self._promised_tokens(request.model)
+        return ttft_s + prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples), tpot_s
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
@@ -169,7 +219,8 @@ class Dispatch:
         possible = self.possible_prefills(home.member)
         if not possible or accepted.prompt is None:
             return None
-        member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
+        decision, member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
+        accepted.journey.decisions.append(decision)
         name = f"{home.name}/p"
         self._desk.post(member, Submit(_as_sent(accepted.request, name), leg=LegKind.EXPORT))
         leg = self._ledger.open_leg(accepted, name, member)
@@ -180,13 +231,12 @@ class Dispatch:
 
     def _choose(
         self, accepted: Accepted, prompt: Prompt, possible: Possible, purpose: str
-    ) -> tuple[Member, int]:
+    ) -> tuple[Decision, Member, int]:
         """A worker, and how many tokens of the prompt it has to compute."""
         wish = Wish.of(accepted.request, len(prompt.tokens), len(accepted.samples))
         router = self.router_of(accepted.request.model)
         member, decision = router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
-        accepted.journey.decisions.append(decision)
-        return member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])
+        return decision, member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])
 
     def router_of(self, model: str) -> Router:
         """Each model has its own: a policy that takes turns takes them among its workers."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from headrace.cluster.backlog import Backlog
 from headrace.cluster.dispatch import Dispatch
 from headrace.cluster.registry import Member, Registry
 from headrace.protocol.requests import GenerateRequest
@@ -32,14 +33,17 @@ class Foresight(ABC):
 
 
 class Predictive(Foresight):
-    """Where it would be served soonest: the fitted model of that worker, its queue, and what will decode
-    beside it when its prefill ends."""
+    """After what waits at the gateway before it, where it would be served soonest: the fitted model of that
+    worker, its queue, and what will decode beside it when its prefill ends."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
+    def __init__(self, dispatch: Dispatch, backlog: Backlog) -> None:
         self._dispatch = dispatch
+        self._backlog = backlog
 
     def expect(self, request: GenerateRequest) -> Expectation | None:
-        found = self._dispatch.foresee(request)
+        if self._backlog.room(request.model) < request.sampling.n:
+            return None
+        found = self._dispatch.foresee(request, self._backlog.ahead(request))
         return Expectation(*found) if found is not None else None
 
 

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from headrace.cluster.admission import Admission, check_room
+from headrace.cluster.backlog import Backlog
 from headrace.cluster.classes import Refusal
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch
@@ -72,13 +73,18 @@ class Gateway:
         self._ledger = Ledger()
         self._membership = Membership(world, self._options, self.registry, self)
         self._dispatch = Dispatch(world, self._options, self.registry, self._ledger, self, report)
+        self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
+        self.backlog = Backlog(
+            world, self._options, self.registry, self._dispatch, self._delivery, self._observer
+        )
         admission = self._options.admission
         naive = admission.policy == "naive"
-        foresight = Naive(self.registry) if naive else Predictive(self._dispatch)
+        foresight = Naive(self.registry) if naive else Predictive(self._dispatch, self.backlog)
         self._admission = Admission(admission, self._options.slo, foresight)
         self._handoffs = Handoffs(self._dispatch, self._ledger, self._observer, self)
-        self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
-        self._replays = Replays(world, self._options, self.registry, self._delivery, self._observer, self)
+        self._replays = Replays(
+            world, self._options, self.registry, self._delivery, self.backlog, self._observer, self
+        )
 
     # ---- what it is like -----------------------------------------------------------------------------
 
@@ -138,6 +144,7 @@ class Gateway:
 
     def tell_changed(self) -> None:
         self._readiness.tell_changed()
+        self.backlog.poke()
 
     # ---- workers come and go -------------------------------------------------------------------------
 
@@ -177,6 +184,7 @@ class Gateway:
                 self._handoffs.prefill_over(accepted)
             else:
                 self._replays.again(accepted, f"{member.worker_id} was lost: {why}")
+        self.backlog.lost(member)
         self.tell_changed()
 
     def heard(self, member: Member, message: FromWorker) -> None:
@@ -207,6 +215,7 @@ class Gateway:
             if accepted is not None:
                 self._of_leg(accepted, output, now, times)
         self._dispatch.heard_step(member, message, now)
+        self.backlog.poke()
         if message.stats is not None:
             self._observer.step(member.worker_id, message.stats)
 
@@ -248,7 +257,7 @@ class Gateway:
         """Everything of a request has ended; a prefill that may still run for it is not wanted."""
         self._ledger.strike_off(accepted)
         self.journeys.end(accepted.journey)
-        self._replays.forget(accepted)
+        self.backlog.forget(accepted)
         self.leave_prefill(accepted)
         self.leave_home(accepted)
         self.tell_changed()
@@ -308,14 +317,14 @@ class Gateway:
             check_request(request, limits)
         admitted = self._admission.admit(requests, choice)
         live = self.registry.live(admitted.requests[0].model)
-        check_room(live, admitted.requests, self._replays.waiting, self.open_samples)
+        check_room(live, admitted.requests, self.backlog, self.open_samples)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self.cancel, admitted.degraded)
         now = self._world.now()
         accepted = [self._accept(request, stream, now, choice) for request in admitted.requests]
         try:
             for one in accepted:
-                self.place(one)
+                self.backlog.enter(one)
         except Exception as error:  # what cannot be put into a message: all are taken back
             for one in accepted:
                 self._take_back(one)
@@ -342,11 +351,6 @@ class Gateway:
         if accepted.home is not None:
             self.post(accepted.home.member, Cancel(accepted.home.name))
         self._forget(accepted)
-
-    def place(self, accepted: Accepted) -> None:
-        """Give a request to a worker, or let it wait while none has room."""
-        if not self._dispatch.place(accepted):
-            self._replays.wait(accepted)
 
     def cancel(
         self, request_id: str, index: int | None = None, counts_as: FinishReason = FinishReason.CANCELLED
@@ -394,7 +398,7 @@ class Gateway:
                 if leg is not None:
                     self.post(leg.member, Cancel(leg.name))
             self._delivery.end_all(accepted, "the server stopped before the request had ended; send it again")
-        await self._replays.close()
+        await self.backlog.close()
         for member in self.registry.live():
             if member.worker_id in dismiss:
                 self.post(member, Drain())

@@ -19,7 +19,7 @@ from headrace.protocol.requests import FinishReason, GenerateRequest, Progress
 class Stage(enum.StrEnum):
     """Where a request is.
 
-    WAITING    it has no worker: the one that it had is gone, and no other was free yet
+    WAITING    it has no worker: it is in the gateway's queue
     RESERVING  its home reserves blocks for a prompt that is to be prefilled elsewhere
     PREFILLING a prefill worker computes the prompt
     AT_HOME    its home has all that it needs

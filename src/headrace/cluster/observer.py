@@ -53,6 +53,12 @@ class GatewayObserver:
     def handed_over(self, request: GenerateRequest, settled: ImportSettled) -> None:
         """A transfer of a request's KV blocks has ended, well or not."""
 
+    def queued(self, request: GenerateRequest) -> None:
+        """A request begins to wait at the gateway."""
+
+    def unqueued(self, request: GenerateRequest, waited_s: float | None) -> None:
+        """A request waits there no more: it was given to a worker after so long, or ended (None)."""
+
     def accepted(self, request: GenerateRequest) -> None:
         """A request was handed to the engine."""
 
@@ -67,6 +73,9 @@ class GatewayObserver:
 
         Once for a request, whichever of its samples came first; never for one that was cancelled before.
         """
+
+    def gave_up(self, request: GenerateRequest, after_s: float) -> None:
+        """A request was cancelled so long after it came, before its first token."""
 
     def first_tokens(self, request: GenerateRequest, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         """A sample's first tokens came so long after its request.

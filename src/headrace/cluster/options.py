@@ -77,6 +77,18 @@ class AdmissionOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueOptions:
+    """The gateway's queue, in which requests wait whose workers have enough to do."""
+
+    steps_ahead: float = 2.0
+    """A worker has enough when the prompt tokens that wait there fill so many of its steps: one that it
+    computes while it is told of, and one that follows. Normal requests may be a step further ahead, those of
+    high priority two."""
+    timeout_s: float = 300.0
+    """How long a request waits that no worker has had yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """A model whose workers may join. They form a group: a request stays within it to its end."""
 
@@ -108,6 +120,7 @@ class GatewayOptions:
     routing: RoutingOptions = RoutingOptions()
     slo: ServiceLevels = ServiceLevels()
     admission: AdmissionOptions = AdmissionOptions()
+    queue: QueueOptions = QueueOptions()
     cache_key: bytes = field(default=b"", repr=False)
     """Of the hashes that name KV blocks, where the gateway may compute them; a secret."""
     heartbeat_s: float = 1.0
@@ -117,8 +130,6 @@ class GatewayOptions:
     """One silent for so long is gone, and its requests are replayed."""
     replay_timeout_s: float = 30.0
     """How long a request that lost its worker waits for another."""
-    replay_pause_s: float = 0.01
-    """Between two replays, so that one worker's death does not become a flood at the others."""
     max_failures: int = 8
     """Attempts at a request that may fail, whatever went wrong."""
     max_deaths: int = 2

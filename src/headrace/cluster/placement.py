@@ -55,7 +55,15 @@ def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPoli
 
     Workers of role both help a worker that only decodes.
     """
-    others = every(member for member in members if member is not home)
+    found = all_prefills((member for member in members if member is not home), policy)
+    if home.info.role.prefills_for_others and found.facts[:, Fact.DECODES].any():
+        return Possible([], found.facts[:0])
+    return found
+
+
+def all_prefills(members: Iterable[Member], policy: SplitPolicy) -> Possible:
+    """Workers that may prefill for any other: those of role prefill; where there are none, of role both."""
+    others = every(members)
     facts = others.facts
     fit = (
         (facts[:, Fact.PREFILLS] != 0)
@@ -66,9 +74,7 @@ def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPoli
         & (facts[:, Fact.MOST_SAMPLES] > facts[:, Fact.OPEN_SAMPLES])
     )
     dedicated = fit & (facts[:, Fact.DECODES] == 0)
-    if dedicated.any():
-        return others.those(dedicated)
-    return others.those(fit & (not home.info.role.prefills_for_others))
+    return others.those(dedicated if dedicated.any() else fit)
 
 
 def may_split(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> bool:

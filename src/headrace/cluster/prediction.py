@@ -59,3 +59,15 @@ def busy(facts: Table, now: float) -> Column:
 def decode_load(facts: Table) -> Column:
     """Share of rows, or of KV blocks, that are in use, whichever is scarcer; above 1 something waits."""
     return np.maximum(facts[:, Fact.OPEN_SAMPLES] / facts[:, Fact.ROWS], facts[:, Fact.HELD_SHARE])
+
+
+def queue_s(homes: Table, computing: Table, tokens: float, samples: float) -> float:
+    """Until so many prompt tokens are computed by some workers together, and so many sequences have got rows
+    of those that decode: what a request waits that has all of these before it, and no worker yet."""
+    if not tokens and not samples:
+        return 0.0
+    computing_s = tokens / max(float(prefill_tokens_per_s(computing).sum()), 1e-9)
+    rows = homes[:, Fact.ROWS]
+    free = float(np.maximum(rows - homes[:, Fact.OPEN_SAMPLES], 0.0).sum())
+    ends_per_s = float((rows / np.maximum(homes[:, Fact.DECODE_S], 1e-3)).sum())
+    return max(computing_s, (samples - free) / max(ends_per_s, 1e-9))

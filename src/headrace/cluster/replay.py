@@ -1,23 +1,20 @@
-"""Requests that have no worker: those whose worker was lost, and those that found none with room.
+"""Requests whose worker was lost or gave them up: whether they may go on elsewhere, or have ended.
 
-In: a request, and why. Out: a new attempt elsewhere from all that was delivered, at a pace that does not make
-one worker's death a flood at the others; or an ending, when its budget is spent or nobody came in time.
+In: a request, and why. Out: a place at the front of the gateway's queue, from which it goes on from all that
+was delivered; or an ending, when its budget is spent. How many of them a worker is given at a time is the
+queue's affair, so that one worker's death is no flood at the others.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Collection
 from typing import Protocol
 
+from headrace.cluster.backlog import Backlog
 from headrace.cluster.delivery import Delivery
-from headrace.cluster.ledger import Accepted, Stage
+from headrace.cluster.ledger import Accepted
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import possible_homes
 from headrace.cluster.registry import Member, Registry
-from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import Cancel, FromGateway
 from headrace.world import World
 
@@ -27,15 +24,13 @@ class Desk(Protocol):
 
     @property
     def is_draining(self) -> bool: ...
-    def place(self, accepted: Accepted) -> None: ...
     def leave_home(self, accepted: Accepted) -> None: ...
     def leave_prefill(self, accepted: Accepted) -> None: ...
     def post(self, member: Member, message: FromGateway) -> None: ...
-    async def wait_changed(self) -> None: ...
 
 
 class Replays:
-    """All that waits for a worker at one gateway."""
+    """Of one gateway."""
 
     def __init__(
         self,
@@ -43,6 +38,7 @@ class Replays:
         options: GatewayOptions,
         registry: Registry,
         delivery: Delivery,
+        backlog: Backlog,
         observer: GatewayObserver,
         desk: Desk,
     ) -> None:
@@ -50,11 +46,10 @@ class Replays:
         self._options = options
         self._registry = registry
         self._delivery = delivery
+        self._backlog = backlog
         self._observer = observer
         self._desk = desk
-        self._waiting: dict[Accepted, None] = {}  # in the order of their coming
         self._counted: dict[tuple[str, int], list[Accepted]] = {}  # deaths by engine, while they matter
-        self._placing: asyncio.Task[None] | None = None
 
     def count_death(self, accepted: Accepted, member: Member) -> None:
         """A worker died under a request, as it seems."""
@@ -89,7 +84,7 @@ class Replays:
             return
         accepted.journey.note(self._world.now(), "replayed", lost.worker_id if lost else "", why=why)
         self._observer.replayed(accepted.request)
-        self.wait(accepted)
+        self._backlog.enter_again(accepted)
 
     def _why_over(self, accepted: Accepted, lost: Member | None, why: str) -> str:
         """Why a request may not be tried again; empty: it may."""
@@ -102,61 +97,3 @@ class Replays:
         if self._desk.is_draining:
             return f"the server is shutting down, and {why}; send it again"
         return ""
-
-    def wait(self, accepted: Accepted) -> None:
-        """Place a request as soon as a worker has room."""
-        accepted.stage = Stage.WAITING
-        if accepted.waits_since_s is None:
-            accepted.waits_since_s = self._world.now()
-        self._waiting[accepted] = None
-        if self._placing is None or self._placing.done():
-            self._placing = asyncio.create_task(self._place_all(), name="gateway.replay")
-
-    @property
-    def waiting(self) -> Collection[Accepted]:
-        return self._waiting
-
-    def forget(self, accepted: Accepted) -> None:
-        """It waits no more, if it did."""
-        self._waiting.pop(accepted, None)
-
-    async def close(self) -> None:
-        if self._placing is not None:
-            self._placing.cancel()
-            await asyncio.gather(self._placing, return_exceptions=True)
-
-    async def _place_all(self) -> None:
-        """Place the first that fits, again and again at a pace; end what has waited for too long."""
-        most_s = self._options.replay_timeout_s
-        while self._waiting:
-            now = self._world.now()
-            impatient = [one for one in self._waiting if now >= self._patience_ends_s(one)]
-            for accepted in [one for one in impatient if not self._fits(one)]:
-                self._delivery.end_all(
-                    accepted, f"no other worker was free within {most_s:g} s; send it again"
-                )
-            fits = (one for one in self._waiting if self._fits(one))
-            if (first := next(fits, None)) is not None:
-                self._place(first)
-                await asyncio.sleep(self._options.replay_pause_s)
-            elif self._waiting:
-                ends_s = min(self._patience_ends_s(one) for one in self._waiting)
-                with contextlib.suppress(TimeoutError):
-                    # Awaited here and by no other task: one would begin to listen a turn of the loop later.
-                    async with asyncio.timeout(ends_s - now):
-                        await self._desk.wait_changed()
-
-    def _fits(self, accepted: Accepted) -> bool:
-        """Whether a worker of its model has room."""
-        return bool(possible_homes(self._registry.live(accepted.request.model), len(accepted.samples)))
-
-    def _patience_ends_s(self, accepted: Accepted) -> float:
-        since_s = accepted.waits_since_s
-        return (self._world.now() if since_s is None else since_s) + self._options.replay_timeout_s
-
-    def _place(self, accepted: Accepted) -> None:
-        del self._waiting[accepted]
-        try:
-            self._desk.place(accepted)
-        except ProtocolError as error:  # with all that was generated it fits no message any more
-            self._delivery.end_all(accepted, error.reason)

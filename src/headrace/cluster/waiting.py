@@ -23,12 +23,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from headrace.cluster.classes import Band
 
 T = TypeVar("T", bound=Hashable)
+_RANKS = {band: rank for rank, band in enumerate(Band)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,9 @@ class Ahead:
     samples: float = 0.0
 
 
+NOBODY = Ahead()
+
+
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     item: T
@@ -84,7 +88,12 @@ class _Line(Generic[T]):
         return bool(self._by_needs)
 
     def add(self, entry: _Entry[T]) -> None:
-        self._by_needs.setdefault(entry.place.needs, OrderedDict())[entry.number] = entry
+        alike = self._by_needs.setdefault(entry.place.needs, OrderedDict())
+        later = bool(alike) and next(reversed(alike)) > entry.number
+        alike[entry.number] = entry
+        if later:  # who came before them has changed its needs after them
+            for number in [number for number in alike if number > entry.number]:
+                alike.move_to_end(number)
         self._count(entry.place, 1)
 
     def remove(self, entry: _Entry[T]) -> None:
@@ -146,6 +155,10 @@ class Waiting(Generic[T]):
         """Those of one band in the order of their coming."""
         return self._bands[band].entries
 
+    def before(self, band: Band) -> int:
+        """How many wait of this band and the more urgent ones."""
+        return sum(len(one.entries) for name, one in self._bands.items() if _RANKS[name] <= _RANKS[band])
+
     @property
     def samples(self) -> int:
         return sum(band.samples for band in self._bands.values())
@@ -180,6 +193,21 @@ class Waiting(Generic[T]):
                 self._drop(band, entry)
                 return
 
+    def place_of(self, item: T) -> Place:
+        """Of an item that waits."""
+        return next(band.entries[item].place for band in self._bands.values() if item in band.entries)
+
+    def change(self, item: T, needs: Needs) -> None:
+        """An item that waits needs something else; its place stays the same."""
+        band = next(band for band in self._bands.values() if item in band.entries)
+        entry = band.entries[item]
+        line = band.again if entry.again else band.lines[entry.place.tenant]
+        line.remove(entry)
+        band.needs[entry.place.needs] -= 1
+        band.needs += Counter([needs])
+        entry.place = replace(entry.place, needs=needs)
+        line.add(entry)
+
     def first(self, fits: Fits) -> T | None:
         """Who is next among those that fit; None: nobody is."""
         for name, band in self._bands.items():
@@ -206,9 +234,8 @@ class Waiting(Generic[T]):
         """
         tokens, samples = 0.0, 0.0
         for name, band in self._bands.items():
-            if name is place.band:
-                break
-            tokens, samples = tokens + band.tokens, samples + band.samples
+            if _RANKS[name] < _RANKS[place.band]:
+                tokens, samples = tokens + band.tokens, samples + band.samples
         band = self._bands[place.band]
         tokens, samples = tokens + band.again.tokens, samples + band.again.samples
         own = band.lines.get(place.tenant)
@@ -220,12 +247,7 @@ class Waiting(Generic[T]):
 
     def is_first(self, band: Band) -> bool:
         """Whether a newcomer of this band has nobody of it, or of a more urgent one, before itself."""
-        for name, one in self._bands.items():
-            if one.entries:
-                return False
-            if name is band:
-                break
-        return True
+        return not self.before(band)
 
     def _first(self, band: _Band[T], name: Band, fits: Fits) -> _Entry[T] | None:
         def fit(needs: Needs) -> bool:

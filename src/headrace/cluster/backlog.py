@@ -1,0 +1,240 @@
+"""Requests that wait at the gateway for a worker, until one has credit, their time is over, or nobody wants
+them any more.
+
+In: requests without a worker, and word that something has changed. Out: calls of `place`, in the order of
+`waiting.py`; endings for those whose deadline has passed. How many may wait is decided before they are
+accepted (`admission.check_room`). Models have a queue each, for no worker serves two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from headrace.cluster.classes import Band
+from headrace.cluster.delivery import Delivery
+from headrace.cluster.dispatch import Dispatch, Placed
+from headrace.cluster.ledger import Accepted, Stage
+from headrace.cluster.observer import GatewayObserver
+from headrace.cluster.options import GatewayOptions
+from headrace.cluster.registry import Member, Registry
+from headrace.cluster.waiting import Ahead, Needs, Place, Waiting
+from headrace.protocol.channel import ProtocolError
+from headrace.protocol.requests import ErrorCode, GenerateRequest
+from headrace.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Those of one class that wait, of all models."""
+
+    band: Band
+    requests: int
+    tokens: int
+    """Of their prompts."""
+    longest_s: float
+    """How long the first come of them has waited."""
+
+
+class Backlog:
+    """All that waits for a worker at one gateway."""
+
+    def __init__(
+        self,
+        world: World,
+        options: GatewayOptions,
+        registry: Registry,
+        dispatch: Dispatch,
+        delivery: Delivery,
+        observer: GatewayObserver,
+    ) -> None:
+        self._world = world
+        self._options = options
+        self._registry = registry
+        self._dispatch = dispatch
+        self._delivery = delivery
+        self._observer = observer
+        self._lines: dict[str, Waiting[Accepted]] = {}
+        """By model; those in which somebody waits."""
+        self._deadlines: list[tuple[float, int, Accepted]] = []  # a heap; of some that wait no more, too
+        self._number = itertools.count()
+        self._moved = asyncio.Event()
+        self._placing: asyncio.Task[None] | None = None
+
+    # ---- who comes and goes --------------------------------------------------------------------------
+
+    def enter(self, accepted: Accepted) -> None:
+        """Place a request that is new, at once where nobody is before it and a worker has credit.
+
+        Raises ProtocolError for one too long to send.
+        """
+        line = self._lines.get(accepted.request.model)
+        needs = Needs(len(accepted.samples))
+        if line is None or line.is_first(Band.of(accepted.request.priority)):
+            placed = self._dispatch.place(accepted)
+            if placed is Placed.YES:
+                return
+            needs = Needs(needs.samples, prefill=placed is Placed.AWAITS_PREFILL)
+        self._wait(accepted, needs, again=False)
+
+    def enter_again(self, accepted: Accepted) -> None:
+        """Place a request that has lost its worker, before the others of its class."""
+        self._wait(accepted, Needs(len(accepted.samples)), again=True)
+
+    def forget(self, accepted: Accepted) -> None:
+        """It waits no more, if it did."""
+        line = self._lines.get(accepted.request.model)
+        if line is not None and accepted in line:
+            line.remove(accepted)
+            self._left(accepted, None)
+
+    def lost(self, member: Member) -> None:
+        """A worker is gone: where no other is there or expected, nobody of its model need wait."""
+        line = self._lines.get(member.model)
+        if line is None or self._registry.expects_other(member, self._world.now()):
+            return
+        for accepted in list(line):
+            self._delivery.end_all(accepted, "the engine was lost before the request's turn; send it again")
+
+    def poke(self) -> None:
+        """Something has changed: perhaps a worker has credit now."""
+        if self._lines:
+            self._moved.set()
+
+    async def close(self) -> None:
+        if self._placing is not None:
+            self._placing.cancel()
+            await asyncio.gather(self._placing, return_exceptions=True)
+
+    # ---- what it is like -----------------------------------------------------------------------------
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def room(self, model: str) -> int:
+        """How many more samples the workers of one model have room for, beside all that wait for them."""
+        homes = (member for member in self._registry.live(model) if member.info.role.decodes)
+        line = self._lines.get(model)
+        waiting = line.samples if line is not None else 0
+        return sum(member.room for member in homes if member.takes_more) - waiting
+
+    def ahead(self, request: GenerateRequest) -> Ahead:
+        """What a request that came now would wait for here."""
+        line = self._lines.get(request.model)
+        return line.ahead(self._place_of(request, Needs())) if line is not None else Ahead()
+
+    def queues(self) -> Iterable[Queue]:
+        """Every class, the most urgent first."""
+        now = self._world.now()
+        for band in Band:
+            waiting = [one for line in self._lines.values() for one in line.of(band)]
+            began_s = [now if one.waits_since_s is None else one.waits_since_s for one in waiting]
+            tokens = sum(len(one.request.prompt) for one in waiting)
+            yield Queue(band, len(waiting), tokens, now - min(began_s, default=now))
+
+    # ---- waiting -------------------------------------------------------------------------------------
+
+    def _wait(self, accepted: Accepted, needs: Needs, *, again: bool) -> None:
+        request, now = accepted.request, self._world.now()
+        accepted.stage = Stage.WAITING
+        if accepted.waits_since_s is None:
+            accepted.waits_since_s = now
+        line = self._lines.setdefault(request.model, Waiting())
+        place = self._place_of(request, needs)
+        accepted.journey.note(now, "queued", band=place.band, requests_ahead=line.before(place.band))
+        line.add(accepted, place, again=again)
+        lasts_s = self._options.replay_timeout_s if accepted.failures else self._options.queue.timeout_s
+        heapq.heappush(self._deadlines, (accepted.waits_since_s + lasts_s, next(self._number), accepted))
+        self._observer.queued(request)
+        self._moved.set()
+        if self._placing is None or self._placing.done():
+            self._placing = asyncio.create_task(self._place_all(), name="gateway.backlog")
+
+    def _place_of(self, request: GenerateRequest, needs: Needs) -> Place:
+        prompt, samples = len(request.prompt), request.sampling.n
+        return Place(
+            Band.of(request.priority),
+            request.tenant,
+            cost=prompt + samples * request.sampling.max_tokens,
+            tokens=prompt * self._miss_ratio(request.model),
+            samples=samples,
+            needs=needs,
+        )
+
+    def _miss_ratio(self, model: str) -> float:
+        """The share of prompt tokens that no cache had, by what the workers of a model have told."""
+        told = [member.stats for member in self._registry.live(model) if member.stats is not None]
+        queries = sum(stats.prefix_queries for stats in told)
+        return 1 - sum(stats.prefix_hits for stats in told) / queries if queries else 1.0
+
+    def _left(self, accepted: Accepted, waited_s: float | None) -> None:
+        if not self._lines[accepted.request.model]:
+            del self._lines[accepted.request.model]
+        self._observer.unqueued(accepted.request, waited_s)
+        if len(self._deadlines) > 2 * sum(map(len, self._lines.values())) + 64:
+            self._deadlines = [mark for mark in self._deadlines if self._waits(mark[2])]
+            heapq.heapify(self._deadlines)
+
+    def _waits(self, accepted: Accepted) -> bool:
+        line = self._lines.get(accepted.request.model)
+        return line is not None and accepted in line
+
+    # ---- placing -------------------------------------------------------------------------------------
+
+    async def _place_all(self) -> None:
+        """Place whoever fits, whenever something has changed; end who has waited for too long."""
+        while self._lines:
+            self._moved.clear()
+            for model in list(self._lines):
+                while self._place_first(model):
+                    await asyncio.sleep(0)  # who says something meanwhile is heard
+            now = self._world.now()
+            while self._deadlines and (
+                self._deadlines[0][0] <= now or not self._waits(self._deadlines[0][2])
+            ):
+                _, _, accepted = heapq.heappop(self._deadlines)
+                if self._waits(accepted):
+                    self._end_late(accepted)
+            if self._deadlines:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._deadlines[0][0] - now):
+                        await self._moved.wait()
+
+    def _place_first(self, model: str) -> bool:
+        """Place one request of a model; False: nobody fits now."""
+        line = self._lines.get(model)
+        while line:
+            credit = self._dispatch.credit(model)
+            accepted = line.first(credit.fits)
+            if accepted is None:
+                return False
+            try:
+                placed = self._dispatch.place(accepted)
+            except ProtocolError as error:  # with all that was generated it fits no message any more
+                self._delivery.end_all(accepted, error.reason)
+                return True
+            if placed is Placed.YES:
+                line.serve(accepted)
+                self._left(accepted, self._waited_s(accepted))
+                return True
+            if placed is Placed.NO or line.place_of(accepted).needs.prefill:
+                return False
+            line.change(accepted, Needs(len(accepted.samples), prefill=True))
+        return False
+
+    def _waited_s(self, accepted: Accepted) -> float:
+        since_s = accepted.waits_since_s
+        return 0.0 if since_s is None else self._world.now() - since_s
+
+    def _end_late(self, accepted: Accepted) -> None:
+        if accepted.failures:
+            most_s, code = self._options.replay_timeout_s, ErrorCode.UNAVAILABLE
+            why = f"no other worker was free within {most_s:g} s; send it again"
+        else:
+            most_s, code = self._options.queue.timeout_s, ErrorCode.OVERLOADED
+            why = f"no worker was free for it within {most_s:g} s; try again later"
+        self._delivery.end_all(accepted, why, code)
