@@ -24,7 +24,7 @@ from headrace.cluster import Gateway, GatewayState
 from headrace.cluster.options import GatewayOptions
 from headrace.config import ServingOptions
 from headrace.engine import Engine
-from headrace.observe import Metrics
+from headrace.observe import Metrics, MetricsByModel
 from headrace.protocol.requests import GenerateRequest, SamplingParams
 from headrace.sim.hash_executor import expected, model_of
 from headrace.sim.launcher import TaskLauncher
@@ -157,10 +157,15 @@ class ApiHouse:
             time.sleep(0.005)
         self.do(pool.check)
 
+    def server(self) -> Server:
+        """What the application is made for."""
+        model = ServedModel("hash", self.tokenizer, ChatTemplate(TEMPLATE))
+        return Server(self.gateway, model, self.metrics, random.Random(0), self.serving)
+
     background: list[asyncio.Task[Any]] = []  # noqa: RUF012  # tasks that a test began
     engine: Engine
     gateway: Gateway
-    metrics: Metrics
+    metrics: Metrics | MetricsByModel
     port: int
 
     def _run(self) -> None:
@@ -174,16 +179,18 @@ class ApiHouse:
     async def _live(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.metrics = Metrics("hash", self.loop.time, self.options)
+        self.metrics = (
+            MetricsByModel(self.loop.time, self.options)
+            if self.options.models
+            else Metrics("hash", self.loop.time, self.options)
+        )
         self.gateway = Gateway(real_world(), self.metrics, self.options)
         with tempfile.TemporaryDirectory() as directory:
             await self.gateway.listen(f"unix:{directory}/gateway.sock", own=True)
             await self._dial()
-            model = ServedModel("hash", self.tokenizer, ChatTemplate(TEMPLATE))
-            server = Server(self.gateway, model, self.metrics, random.Random(0), self.serving)
             bound = bind("127.0.0.1", 0)
             self.port = bound.getsockname()[1]
-            http = HttpServer(create_app(server), bound)
+            http = HttpServer(create_app(self.server()), bound)
             await http.start()
             self._ready.set()
             await self._stop.wait()

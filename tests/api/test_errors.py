@@ -292,8 +292,7 @@ def test_a_model_without_a_chat_template_says_so() -> None:
 
 def test_a_failure_of_our_own_is_a_500_without_details() -> None:
     class Broken(Gateway):
-        @property
-        def info(self) -> Any:
+        def info_of(self, model: str) -> Any:
             raise ZeroDivisionError("a secret path")
 
     model = ServedModel("broken", byte_tokenizer(), ChatTemplate(TEMPLATE))

@@ -189,7 +189,8 @@ def test_pages_may_send_what_client_libraries_send_and_read_what_they_look_for(s
     assert allowed.headers["access-control-allow-headers"] == asked
     answer = httpx.get(f"{strict.url}/health", headers={"Origin": ORIGIN})
     exposed = set(answer.headers["access-control-expose-headers"].split(", "))
-    assert exposed == {"Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Headrace-Degraded"}
+    others = {"Retry-After", "Idempotent-Replayed", "X-Should-Retry"}
+    assert exposed == {"X-Headrace-Degraded", "X-Headrace-Model", *others}
 
 
 def test_an_answer_is_replayed_to_the_origin_that_asks(keyed: httpx.Client) -> None:

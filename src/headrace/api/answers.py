@@ -161,6 +161,8 @@ class ModelCard(_Answer):
     root: str
     parent: None
     max_model_len: int | None
+    versions: dict[str, float] | None = None
+    """The share of each model, of a name that stands for several."""
 
 
 class ModelList(_Answer):

@@ -13,16 +13,17 @@ from headrace.api.answers import GENERATION_ERRORS, ChatAnswer, ChatChunk, strea
 from headrace.api.generation import (
     ClientLeftError,
     Generation,
-    check_model,
+    Prepared,
+    generation_of,
     sampling_of,
-    text_options_of,
     watching,
 )
 from headrace.api.logprobs import chat_logprobs, prompt_logprobs
+from headrace.api.naming import check_model
 from headrace.api.prompts import context_length, encoded, rendered
 from headrace.api.sample import Piece, Sample
 from headrace.api.schema import ChatCompletionRequest
-from headrace.api.served import Server
+from headrace.api.served import ServedModel, Server
 from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
 from headrace.api.terms import Terms
 from headrace.engine import RequestRefused
@@ -39,35 +40,37 @@ def chat_routes(server: Server) -> APIRouter:
         """Continue a conversation."""
         check_model(server, body.model)
         terms = Terms.of(server, request, body.timeout)
-        text = await rendered(server, body.messages, body.template_arguments)
-        prompt = await encoded(server, text, "messages", add_special_tokens=False)
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, (context_length(server) or 1) - len(prompt))
-        sampling = sampling_of(
-            server,
-            body,
-            max_tokens=max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            prompt_logprobs=body.prompt_logprobs,
-        )
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+
+        async def prepared(model: ServedModel) -> Prepared:
+            text = await rendered(server, model, body.messages, body.template_arguments)
+            prompt = await encoded(server, model, text, "messages", add_special_tokens=False)
+            left = max(1, (context_length(server, model) or 1) - len(prompt))
+            sampling = sampling_of(
+                server,
+                model,
+                body,
+                max_tokens=left if asked is None else asked,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                prompt_logprobs=body.prompt_logprobs,
+            )
+            return Prepared([prompt], sampling)
+
         try:
-            generation = Generation(server, [prompt], sampling, text_options_of(body), body, terms)
+            generation = await generation_of(server, body, terms, prepared, chat=True)
         except RequestRefused as refusal:
             error = refusal.error
             field = "messages" if error.field == "prompt" else error.field  # where the client finds it
             raise RequestRefused(error.code, error.message, field) from None
         if body.stream:
-            writer = _ChatChunks(server, generation, body)
+            writer = _ChatChunks(generation, body)
             return await stream_response(request.receive, generation, writer, body.include_usage)
-        return await _whole(server, body, request, generation)
+        return await _whole(body, request, generation)
 
     return router
 
 
-async def _whole(
-    server: Server, body: ChatCompletionRequest, request: Request, generation: Generation
-) -> Response:
+async def _whole(body: ChatCompletionRequest, request: Request, generation: Generation) -> Response:
     texts = [""] * len(generation.samples)
     logprobs: list[list[TokenLogprobs]] = [[] for _ in generation.samples]
     token_ids: list[list[int]] = [[] for _ in generation.samples]
@@ -81,12 +84,12 @@ async def _whole(
                         token_ids[choice] += piece.token_ids
     except ClientLeftError:
         return Response(status_code=CLIENT_LEFT)
-    tokenizer = server.model.tokenizer
+    tokenizer = generation.model.tokenizer
     answer: dict[str, Any] = {
         "id": f"chatcmpl-{generation.id}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": server.model.name,
+        "model": generation.model.name,
         "choices": [
             {
                 "index": choice,
@@ -108,15 +111,15 @@ async def _whole(
 
 
 class _ChatChunks(ChunkWriter):
-    def __init__(self, server: Server, generation: Generation, body: ChatCompletionRequest) -> None:
-        self._tokenizer = server.model.tokenizer
+    def __init__(self, generation: Generation, body: ChatCompletionRequest) -> None:
+        self._tokenizer = generation.model.tokenizer
         self._logprobs = body.logprobs
         self._token_ids = body.return_token_ids
         self._frame = {
             "id": f"chatcmpl-{generation.id}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": server.model.name,
+            "model": generation.model.name,
         }
         # OpenAI announces the last chunk by a null in all others.
         self._usage = {"usage": None} if body.include_usage else {}

@@ -13,16 +13,17 @@ from headrace.api.answers import GENERATION_ERRORS, TextAnswer, TextChunk, strea
 from headrace.api.generation import (
     ClientLeftError,
     Generation,
-    check_model,
+    Prepared,
+    generation_of,
     sampling_of,
-    text_options_of,
     watching,
 )
 from headrace.api.logprobs import completion_logprobs, prompt_logprobs
+from headrace.api.naming import check_model
 from headrace.api.prompts import prompt_tokens
 from headrace.api.sample import Piece, Sample
 from headrace.api.schema import CompletionRequest
-from headrace.api.served import Server
+from headrace.api.served import ServedModel, Server
 from headrace.api.streaming import CLIENT_LEFT, ChunkTemplate, ChunkWriter, event, stream_response
 from headrace.api.terms import Terms
 from headrace.protocol.requests import TokenLogprobs
@@ -39,26 +40,32 @@ def completion_routes(server: Server) -> APIRouter:
         """Continue prompts."""
         check_model(server, body.model)
         terms = Terms.of(server, request, body.timeout)
-        prompts = await prompt_tokens(server, body.prompt, add_special_tokens=body.add_special_tokens)
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompt_only = body.echo and max_tokens == 0
         of_prompt = body.prompt_logprobs
         if body.echo and body.logprobs is not None:
             of_prompt = max(of_prompt or 0, body.logprobs)
-        sampling = sampling_of(
-            server,
-            body,
-            # The engine samples at least one token; of a request for none, only the prompt is told.
-            max_tokens=1 if prompt_only else max_tokens,
-            logprobs=body.logprobs,
-            prompt_logprobs=of_prompt,
-        )
-        generation = Generation(server, prompts, sampling, text_options_of(body), body, terms)
-        choices = _Choices(server, body, generation, prompt_only)
+
+        async def prepared(model: ServedModel) -> Prepared:
+            sampling = sampling_of(
+                server,
+                model,
+                body,
+                # The engine samples at least one token; of a request for none, only the prompt is told.
+                max_tokens=1 if prompt_only else max_tokens,
+                logprobs=body.logprobs,
+                prompt_logprobs=of_prompt,
+            )
+            special = body.add_special_tokens
+            prompts = await prompt_tokens(server, model, body.prompt, add_special_tokens=special)
+            return Prepared(prompts, sampling)
+
+        generation = await generation_of(server, body, terms, prepared)
+        choices = _Choices(body, generation, prompt_only)
         if body.stream:
-            writer = _CompletionChunks(server, generation, body, choices)
+            writer = _CompletionChunks(generation, body, choices)
             return await stream_response(request.receive, generation, writer, body.include_usage)
-        return await _whole(server, request, generation, choices)
+        return await _whole(request, generation, choices)
 
     return router
 
@@ -66,10 +73,8 @@ def completion_routes(server: Server) -> APIRouter:
 class _Choices:
     """What both answers, whole and streamed, do to a piece: echo the prompt, count offsets."""
 
-    def __init__(
-        self, server: Server, body: CompletionRequest, generation: Generation, prompt_only: bool
-    ) -> None:
-        self._tokenizer = server.model.tokenizer
+    def __init__(self, body: CompletionRequest, generation: Generation, prompt_only: bool) -> None:
+        self._tokenizer = generation.model.tokenizer
         self._echo = body.echo
         self._with_logprobs = body.logprobs is not None
         self._alternatives = body.logprobs or 0
@@ -141,7 +146,7 @@ def _parts(piece: Piece) -> tuple[str, list[TokenLogprobs | None], list[int], li
     return piece.text, [*piece.logprobs], [entry.token for entry in piece.logprobs], piece.token_texts
 
 
-async def _whole(server: Server, request: Request, generation: Generation, choices: _Choices) -> Response:
+async def _whole(request: Request, generation: Generation, choices: _Choices) -> Response:
     pieces = [Piece("") for _ in generation.samples]
     try:
         with generation:
@@ -173,7 +178,7 @@ async def _whole(server: Server, request: Request, generation: Generation, choic
         "id": f"cmpl-{generation.id}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": server.model.name,
+        "model": generation.model.name,
         "choices": found,
         "usage": choices.usage(),
     }
@@ -181,15 +186,13 @@ async def _whole(server: Server, request: Request, generation: Generation, choic
 
 
 class _CompletionChunks(ChunkWriter):
-    def __init__(
-        self, server: Server, generation: Generation, body: CompletionRequest, choices: _Choices
-    ) -> None:
+    def __init__(self, generation: Generation, body: CompletionRequest, choices: _Choices) -> None:
         self._choices = choices
         self._frame = {
             "id": f"cmpl-{generation.id}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": server.model.name,
+            "model": generation.model.name,
         }
         self._plain = not body.echo and body.logprobs is None and not body.return_token_ids
         self._usage = {"usage": None} if body.include_usage else {}

@@ -10,14 +10,17 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headrace.api.errors import ApiError
+from headrace.api.naming import choose
 from headrace.api.sample import Piece, Sample, TextOptions
 from headrace.api.schema import SamplingFields
-from headrace.api.served import Server
+from headrace.api.served import ServedModel, Server
 from headrace.api.terms import Terms
 from headrace.cluster import OutputStream
+from headrace.cluster.versions import Choice, StepDown
 from headrace.protocol.requests import (
     SEED_LIMIT,
     FinishReason,
@@ -34,21 +37,31 @@ class ClientLeftError(Exception):
     """The client closed its connection; nobody is left to answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request in the tokens of one model."""
+
+    prompts: Sequence[list[int]]
+    sampling: SamplingParams
+
+
 class Generation:
     """One HTTP request's choices. Use it as a context manager: what has not ended is cancelled on leaving."""
 
     def __init__(
         self,
         server: Server,
-        prompts: Sequence[list[int]],
-        sampling: SamplingParams,
+        choice: Choice,
+        prepared: Prepared,
         text: TextOptions,
         body: SamplingFields,
         terms: Terms,
     ) -> None:
-        """Submits. Raises RequestRefused for what the gateway does not accept, ApiError for what the caller
-        may not have now."""
+        """Submits. Raises RequestRefused for what the gateway does not accept, StepDown for what the smaller
+        model of `choice` is to serve, ApiError for what the caller may not have now."""
         self.id = uuid.uuid4().hex
+        self.model = server.models[choice.model]
+        prompts, sampling = prepared.prompts, prepared.sampling
         self.prompts = prompts
         self.prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(prompts)
         self.cached_tokens = [0] * len(prompts)
@@ -64,24 +77,29 @@ class Generation:
                         request_id=request_id,
                         prompt=prompts[number],
                         sampling=sampling,
+                        model=choice.model,
                         priority=body.priority,
                         cache_salt=body.cache_salt or "",
-                        session=terms.session or body.user or "",
+                        session=_session_of(body, terms),
                         tenant=terms.tenant,
                     )
                     for request_id, number in self._numbers.items()
-                )
+                ),
+                choice=choice,
             )
         except BaseException:
             self._admission.close(-prompt_tokens)  # nothing was computed
             raise
         # Made only now: until it was submitted, nobody has held n to a limit.
         self._n = self._stream.samples // len(prompts)
-        self.samples = [Sample(server.model.tokenizer, text) for _ in range(self._stream.samples)]
-        self.headers = (
-            {"X-Headrace-Degraded": ", ".join(self._stream.degraded)} if self._stream.degraded else {}
-        )
-        """Of the answer: what was taken from the request, since too much else was to be served."""
+        self.samples = [Sample(self.model.tokenizer, text) for _ in range(self._stream.samples)]
+        self.headers: dict[str, str] = {}
+        """Of the answer: which model answers, where it is not the one that was asked for, and what was taken
+        from the request, since too much else was to be served."""
+        if choice.asked != choice.model:
+            self.headers["X-Headrace-Model"] = _in_header(choice.model)
+        if self._stream.degraded:
+            self.headers["X-Headrace-Degraded"] = _in_header(", ".join(self._stream.degraded))
         self._unfinished = len(self.samples)
         self._timer = self._start_timer()
 
@@ -161,6 +179,41 @@ class Generation:
         }
 
 
+async def generation_of(
+    server: Server,
+    body: SamplingFields,
+    terms: Terms,
+    prepare: Callable[[ServedModel], Awaitable[Prepared]],
+    *,
+    chat: bool = False,
+) -> Generation:
+    """Submit to the model that the body's name stands for now; `prepare` puts the request into its tokens.
+
+    Under pressure the smaller model is asked where there is one, in its own tokens, if the prompt fits into
+    its context. Raises what `Generation` does, but StepDown.
+    """
+    choice = choose(server, body, _session_of(body, terms), chat=chat)
+    prepared, text = await prepare(server.models[choice.model]), text_options_of(body)
+    try:
+        return Generation(server, choice, prepared, text, body, terms)
+    except StepDown:
+        smaller = choice.stepped_down()
+    in_its_tokens = await prepare(server.models[smaller.model])
+    info = server.gateway.info_of(smaller.model)
+    if info is not None and max(map(len, in_its_tokens.prompts)) < info.max_model_len:
+        return Generation(server, smaller, in_its_tokens, text, body, terms)
+    return Generation(server, replace(choice, smaller=""), prepared, text, body, terms)
+
+
+def _session_of(body: SamplingFields, terms: Terms) -> str:
+    return terms.session or body.user or ""
+
+
+def _in_header(text: str) -> str:
+    """A header takes no more than Latin-1, and a model's name may be anything."""
+    return text.encode("ascii", "backslashreplace").decode()
+
+
 @asynccontextmanager
 async def watching(receive: Receive, generation: Generation) -> AsyncIterator[None]:
     """Cancel the generation as soon as the client closes its connection."""
@@ -179,6 +232,7 @@ async def watching(receive: Receive, generation: Generation) -> AsyncIterator[No
 
 def sampling_of(
     server: Server,
+    model: ServedModel,
     body: SamplingFields,
     *,
     max_tokens: int,
@@ -190,13 +244,13 @@ def sampling_of(
     Limits that cannot matter are cut to what can: no output is longer than the context, and the top_k of a
     whole vocabulary, or vLLM's -1, is no top_k. A client without a seed gets one at random.
     """
-    defaults = server.model.sampling_defaults
+    defaults = model.sampling_defaults
 
     def chosen(name: str, otherwise: float) -> Any:
         value = getattr(body, name)
         return value if value is not None else defaults.get(name, otherwise)
 
-    info = server.gateway.info
+    info = server.gateway.info_of(model.name)
     longest, vocabulary = (info.max_model_len, info.vocab_size) if info is not None else (1, 1)
     return SamplingParams(
         max_tokens=min(max_tokens, longest),
@@ -230,14 +284,3 @@ def text_options_of(body: SamplingFields) -> TextOptions:
         min_tokens=body.min_tokens or 0,
         token_ids=body.return_token_ids,
     )
-
-
-def check_model(server: Server, name: str | None) -> None:
-    """Raise a 404 for a model that is not served here."""
-    if name is not None and name != server.model.name:
-        raise ApiError(
-            404,
-            f"the model {name!r} does not exist here; {server.model.name!r} is served",
-            param="model",
-            code="model_not_found",
-        )

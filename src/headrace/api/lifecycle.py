@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from headrace import __version__
 from headrace.api.answers import ModelCard, ModelList, Responses, StateAnswer, VersionAnswer, errors
-from headrace.api.generation import check_model
+from headrace.api.naming import check_model
 from headrace.api.served import Server
 from headrace.cluster import GatewayState
 from headrace.observe.metrics import CONTENT_TYPE
@@ -60,27 +60,30 @@ def model_routes(server: Server) -> APIRouter:
     """What is served, as OpenAI lists it."""
     router = APIRouter()
 
-    def card() -> dict[str, object]:
-        info = server.gateway.info
+    def card(name: str) -> dict[str, object]:
+        shares = server.gateway.versions.of(name)
+        infos = [info for model in shares if (info := server.gateway.info_of(model)) is not None]
         return {
-            "id": server.model.name,
+            "id": name,
             "object": "model",
             "created": server.model.created,
             "owned_by": "headrace",
-            "root": server.model.name,
+            "root": name,
             "parent": None,
-            "max_model_len": info.max_model_len if info is not None else None,
+            "max_model_len": min((info.max_model_len for info in infos), default=None),
+            **({"versions": shares} if name not in server.models else {}),
         }
 
     @router.get("/v1/models", responses={200: {"model": ModelList}})
     async def models() -> Response:
-        """The models that are served."""
-        return Response(orjson.dumps({"object": "list", "data": [card()]}), media_type="application/json")
+        """The models that are served, and the names of several versions."""
+        cards = [card(name) for name in server.names]
+        return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": ModelCard}, **errors(404)})
     async def model(name: str) -> Response:
         """One model."""
         check_model(server, name)
-        return Response(orjson.dumps(card()), media_type="application/json")
+        return Response(orjson.dumps(card(name)), media_type="application/json")
 
     return router

@@ -22,7 +22,9 @@ from starlette.types import ASGIApp
 from headrace.api.errors import ApiError
 
 METHODS = ("GET", "POST")
-EXPOSED_HEADERS = ("Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Headrace-Degraded")
+EXPOSED_HEADERS = (
+    *("Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Headrace-Degraded", "X-Headrace-Model"),
+)
 """What pages may read of an answer beside its body."""
 
 

@@ -12,20 +12,22 @@ from typing import Any
 
 from headrace.api.errors import ApiError
 from headrace.api.schema import ChatMessage, spelled
-from headrace.api.served import ENCODE_INLINE_CHARACTERS, Server
+from headrace.api.served import ENCODE_INLINE_CHARACTERS, ServedModel, Server
 from headrace.text import TextError
 
 RENDER_INLINE_MESSAGES = 64
 """Conversations up to this length are rendered at once (about 1 ms), longer ones beside the event loop."""
 
 
-async def rendered(server: Server, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]) -> str:
+async def rendered(
+    server: Server, model: ServedModel, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]
+) -> str:
     """A conversation as the model's chat template writes it. Raises ApiError, TextError."""
-    template = server.model.chat_template
+    template = model.chat_template
     if template is None:
         raise ApiError(
             400,
-            f"the model {server.model.name!r} has no chat template; send a prompt to /v1/completions",
+            f"the model {model.name!r} has no chat template; send a prompt to /v1/completions",
             param="messages",
         )
 
@@ -37,36 +39,42 @@ async def rendered(server: Server, messages: Sequence[ChatMessage], arguments: M
     check_length(server, characters, "messages")
     if len(messages) + parts <= RENDER_INLINE_MESSAGES and characters <= ENCODE_INLINE_CHARACTERS:
         return render()
-    return await server.model.beside(render)
+    return await model.beside(render)
 
 
-async def encoded(server: Server, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+async def encoded(
+    server: Server, model: ServedModel, text: str, field: str, *, add_special_tokens: bool
+) -> list[int]:
     """Token ids of one text of the field `field`. Raises ApiError, TextError."""
     check_length(server, len(text), field)
     try:
-        return await server.model.encode(text, add_special_tokens=add_special_tokens)
+        return await model.encode(text, add_special_tokens=add_special_tokens)
     except TextError as error:
         raise TextError(f"{field}: {error}", error.field or field) from error
 
 
-async def prompt_tokens(server: Server, prompt: Any, *, add_special_tokens: bool) -> list[list[int]]:
+async def prompt_tokens(
+    server: Server, model: ServedModel, prompt: Any, *, add_special_tokens: bool
+) -> list[list[int]]:
     """The token ids of each prompt of a text completion, whichever of the four forms they came in."""
     if isinstance(prompt, str):
-        return [await encoded(server, prompt, "prompt", add_special_tokens=add_special_tokens)]
+        return [await encoded(server, model, prompt, "prompt", add_special_tokens=add_special_tokens)]
     if isinstance(prompt[0], int):
-        _check_tokens(server, prompt, "prompt")
+        _check_tokens(server, model, prompt, "prompt")
         return [prompt]
     if isinstance(prompt[0], list):
         for number, tokens in enumerate(prompt):
-            _check_tokens(server, tokens, f"prompt[{number}]")
+            _check_tokens(server, model, tokens, f"prompt[{number}]")
         return list(prompt)
     check_length(server, sum(map(len, prompt)), "prompt")
-    return [await encoded(server, one, "prompt", add_special_tokens=add_special_tokens) for one in prompt]
+    return [
+        await encoded(server, model, one, "prompt", add_special_tokens=add_special_tokens) for one in prompt
+    ]
 
 
-def _check_tokens(server: Server, tokens: Sequence[int], field: str) -> None:
+def _check_tokens(server: Server, model: ServedModel, tokens: Sequence[int], field: str) -> None:
     """Raise a 400 that says where a token id is outside the vocabulary. The engine would not know where."""
-    info = server.gateway.info
+    info = server.gateway.info_of(model.name)
     if info is None or not tokens or (min(tokens) >= 0 and max(tokens) < info.vocab_size):
         return
     at = next(at for at, token in enumerate(tokens) if not 0 <= token < info.vocab_size)
@@ -87,7 +95,7 @@ def check_length(server: Server, characters: int, field: str) -> None:
         )
 
 
-def context_length(server: Server) -> int | None:
+def context_length(server: Server, model: ServedModel) -> int | None:
     """The longest prompt and output together, in tokens; None until the engine has said."""
-    info = server.gateway.info
+    info = server.gateway.info_of(model.name)
     return info.max_model_len if info is not None else None

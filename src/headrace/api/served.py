@@ -1,4 +1,4 @@
-"""What every route works with: the model by name with its text, the gateway, and what is measured.
+"""What every route works with: the models by name with their texts, the gateway, and what is measured.
 
 Put together once at start-up; nothing here changes while the server runs.
 """
@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 from headrace.cluster import Gateway
 from headrace.cluster.options import ServiceLevels
 from headrace.config import ServingOptions
-from headrace.observe import Metrics
+from headrace.observe.service_levels import Attainment
 from headrace.store import ModelFiles
 from headrace.text import ChatTemplate, Tokenizer, special_tokens_of
 
@@ -64,6 +65,11 @@ class ServedModel:
             },
         )
 
+    @cached_property
+    def vocabulary(self) -> bytes:
+        """Models of equal ones give a token id the same meaning."""
+        return self.tokenizer.fingerprint()
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises TextError for what is not Unicode."""
         if len(text) <= ENCODE_INLINE_CHARACTERS:
@@ -75,15 +81,36 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
+class Measured(Protocol):
+    """What is measured of the server, for those who look."""
+
+    def text(self) -> bytes: ...
+    def attainment(self) -> list[Attainment]: ...
+
+
 @dataclass(frozen=True)
 class Server:
     """The parts that routes share."""
 
     gateway: Gateway
     model: ServedModel
-    metrics: Metrics
+    metrics: Measured
     seeds: random.Random
     """Where a client gives no seed, it comes from here."""
     options: ServingOptions = field(default_factory=ServingOptions)
     slo: ServiceLevels = field(default_factory=ServiceLevels)
     """What requests may expect; for those who look."""
+    others: tuple[ServedModel, ...] = ()
+    """Models that are served beside the first."""
+    names: tuple[str, ...] = ()
+    """What clients may ask for, the first of which is meant where they name none: models, and names of
+    several versions. Without any, the models' own."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(self.models))
+
+    @cached_property
+    def models(self) -> Mapping[str, ServedModel]:
+        """All of them, by name."""
+        return {model.name: model for model in (self.model, *self.others)}

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.api.answers import DetokenizeAnswer, TokenizeAnswer, errors
 from headrace.api.errors import ApiError
-from headrace.api.generation import check_model
+from headrace.api.naming import model_of_text
 from headrace.api.prompts import context_length, encoded, rendered
 from headrace.api.schema import DetokenizeRequest, TokenizeRequest
 from headrace.api.served import Server
@@ -25,21 +25,22 @@ def tokenize_routes(server: Server) -> APIRouter:
     )
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a prompt, or of a conversation as the model is given it."""
-        check_model(server, body.model)
+        model = model_of_text(server, body.model)
         admit_small(request)
         if body.messages is not None:
-            text = await rendered(server, body.messages, body.template_arguments)
-            tokens = await encoded(server, text, "messages", add_special_tokens=bool(body.add_special_tokens))
+            special = bool(body.add_special_tokens)
+            text = await rendered(server, model, body.messages, body.template_arguments)
+            tokens = await encoded(server, model, text, "messages", add_special_tokens=special)
         else:
             special = body.add_special_tokens is not False
-            tokens = await encoded(server, body.prompt or "", "prompt", add_special_tokens=special)
+            tokens = await encoded(server, model, body.prompt or "", "prompt", add_special_tokens=special)
         spelled = None
         if body.return_token_strs:
-            spelled = [server.model.tokenizer.id_to_token(token) or "" for token in tokens]
+            spelled = [model.tokenizer.id_to_token(token) or "" for token in tokens]
         return _json(
             {
                 "count": len(tokens),
-                "max_model_len": context_length(server),
+                "max_model_len": context_length(server, model),
                 "tokens": tokens,
                 "token_strs": spelled,
             }
@@ -50,15 +51,15 @@ def tokenize_routes(server: Server) -> APIRouter:
     )
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of token ids, control tokens included."""
-        check_model(server, body.model)
+        model = model_of_text(server, body.model)
         admit_small(request)
-        size = server.model.tokenizer.vocab_size
+        size = model.tokenizer.vocab_size
         for at, token in enumerate(body.tokens):
             if not 0 <= token < size:
                 raise ApiError(
                     400, f"tokens[{at}] is {token}, outside the vocabulary of {size}", param=f"tokens[{at}]"
                 )
-        return _json({"prompt": server.model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return _json({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return router
 

@@ -4,6 +4,7 @@ A thin shell around the `tokenizers` library that adds what a server needs: whic
 token is, and encoding text from outside without letting it spell control tokens.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,10 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class for every kind of broken file
             raise UnsupportedTokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
         return cls(backend, bos_token_id=bos_token_id, eos_token_ids=eos_token_ids)
+
+    def fingerprint(self) -> bytes:
+        """Equal ones turn the same text into the same ids. Takes a moment: the whole tokenizer is hashed."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).digest()
 
     @classmethod
     def from_model(cls, files: ModelFiles) -> "Tokenizer":
