@@ -99,7 +99,8 @@ def conversations(asked: argparse.Namespace, console: Console) -> bool:
     mean = sum(one.prompt_tokens for one in counted.requests) / len(counted.requests)
     met = counted.hit_rate >= WANTED_HITS and low <= offloaded <= high
     console.print(
-        f"conversations: {len(counted.requests)} requests, of {mean:.0f} prompt tokens in the mean; hit rate {counted.hit_rate:.1%} (wanted {WANTED_HITS:.0%}), "
+        f"conversations: {len(counted.requests)} requests, of {mean:.0f} prompt tokens in the mean; "
+        f"hit rate {counted.hit_rate:.1%} (wanted {WANTED_HITS:.0%}), "
         f"{offloaded:.1%} of long prompts offloaded (wanted {low:.0%} to {high:.0%}), "
         f"median TTFT {ttft_s * 1e3:.0f} ms: {'met' if met else 'MISSED'}"
     )
