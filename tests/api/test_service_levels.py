@@ -20,6 +20,7 @@ SHAPE = EngineShape(
     eos_token_ids=frozenset({EOS}),
     max_num_batched_tokens=128,
     num_blocks=2000,
+    step_s=0.003,  # of the loop's clock, which counts milliseconds
 )
 AT_ONCE = 1e-9
 """An SLO that nobody holds."""

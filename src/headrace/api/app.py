@@ -34,7 +34,17 @@ OTHER_VALUES = 65_536
 def create_app(server: Server) -> FastAPI:
     """Put routes and doors together, as the server's options ask."""
     options = server.options
-    app = FastAPI(title="Headrace", version=__version__, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="Headrace",
+        version=__version__,
+        docs_url="/docs",
+        redoc_url=None,
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # else it looks for them on each request
+    )
     install_error_handlers(app)
     generating = [chat_routes(server), completion_routes(server)]
     others = [routes(server) for routes in (lifecycle_routes, model_routes, tokenize_routes, cluster_routes)]

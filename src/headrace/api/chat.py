@@ -14,13 +14,13 @@ from headrace.api.generation import (
     ClientLeftError,
     Generation,
     Prepared,
+    Watcher,
     generation_of,
     sampling_of,
-    watching,
 )
 from headrace.api.logprobs import chat_logprobs, prompt_logprobs
 from headrace.api.naming import check_model
-from headrace.api.prompts import context_length, encoded, rendered
+from headrace.api.prompts import context_length, conversation_tokens
 from headrace.api.sample import Piece, Sample
 from headrace.api.schema import ChatCompletionRequest
 from headrace.api.served import ServedModel, Server
@@ -43,8 +43,7 @@ def chat_routes(server: Server) -> APIRouter:
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
 
         async def prepared(model: ServedModel) -> Prepared:
-            text = await rendered(server, model, body.messages, body.template_arguments)
-            prompt = await encoded(server, model, text, "messages", add_special_tokens=False)
+            prompt = await conversation_tokens(server, model, body.messages, body.template_arguments)
             left = max(1, (context_length(server, model) or 1) - len(prompt))
             sampling = sampling_of(
                 server,
@@ -75,13 +74,12 @@ async def _whole(body: ChatCompletionRequest, request: Request, generation: Gene
     logprobs: list[list[TokenLogprobs]] = [[] for _ in generation.samples]
     token_ids: list[list[int]] = [[] for _ in generation.samples]
     try:
-        with generation:
-            async with watching(request.receive, generation):
-                async for pieces in generation:
-                    for choice, piece in pieces:
-                        texts[choice] += piece.text
-                        logprobs[choice] += piece.logprobs
-                        token_ids[choice] += piece.token_ids
+        with generation, Watcher(request.receive, generation):
+            async for pieces in generation:
+                for choice, piece in pieces:
+                    texts[choice] += piece.text
+                    logprobs[choice] += piece.logprobs
+                    token_ids[choice] += piece.token_ids
     except ClientLeftError:
         return Response(status_code=CLIENT_LEFT)
     tokenizer = generation.model.tokenizer

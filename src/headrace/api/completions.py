@@ -14,9 +14,9 @@ from headrace.api.generation import (
     ClientLeftError,
     Generation,
     Prepared,
+    Watcher,
     generation_of,
     sampling_of,
-    watching,
 )
 from headrace.api.logprobs import completion_logprobs, prompt_logprobs
 from headrace.api.naming import check_model
@@ -149,15 +149,14 @@ def _parts(piece: Piece) -> tuple[str, list[TokenLogprobs | None], list[int], li
 async def _whole(request: Request, generation: Generation, choices: _Choices) -> Response:
     pieces = [Piece("") for _ in generation.samples]
     try:
-        with generation:
-            async with watching(request.receive, generation):
-                async for added in generation:
-                    for choice, piece in added:
-                        whole = pieces[choice]
-                        whole.text += piece.text
-                        whole.logprobs += piece.logprobs
-                        whole.token_texts += piece.token_texts
-                        whole.token_ids += piece.token_ids
+        with generation, Watcher(request.receive, generation):
+            async for added in generation:
+                for choice, piece in added:
+                    whole = pieces[choice]
+                    whole.text += piece.text
+                    whole.logprobs += piece.logprobs
+                    whole.token_texts += piece.token_texts
+                    whole.token_ids += piece.token_ids
     except ClientLeftError:
         return Response(status_code=CLIENT_LEFT)
     found = []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +128,11 @@ class Generation:
     def __aiter__(self) -> Generation:
         return self
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has ended."""
+        return not self._unfinished
+
     async def __anext__(self) -> list[tuple[int, Piece]]:
         """Wait for outputs: the choices that went on, and by what.
 
@@ -214,20 +218,27 @@ def _in_header(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-@asynccontextmanager
-async def watching(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """Cancel the generation as soon as the client closes its connection."""
+class Watcher:
+    """Closes a generation as soon as its client closes the connection; from its making to `stop`."""
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
+    def __init__(self, receive: Receive, generation: Generation) -> None:
+        self._receive = receive
+        self._generation = generation
+        self._task = asyncio.create_task(self._watch(), name="api.client")
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        generation.close()
+        self._generation.close()
 
-    watcher = asyncio.create_task(watch(), name="api.client")
-    try:
-        yield
-    finally:
-        watcher.cancel()
+    def stop(self) -> None:
+        self._task.cancel()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
 
 
 def sampling_of(

@@ -19,10 +19,15 @@ RENDER_INLINE_MESSAGES = 64
 """Conversations up to this length are rendered at once (about 1 ms), longer ones beside the event loop."""
 
 
-async def rendered(
-    server: Server, model: ServedModel, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]
-) -> str:
-    """A conversation as the model's chat template writes it. Raises ApiError, TextError."""
+async def conversation_tokens(
+    server: Server,
+    model: ServedModel,
+    messages: Sequence[ChatMessage],
+    arguments: Mapping[str, Any],
+    *,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """Token ids of a conversation as the model's chat template writes it. Raises ApiError, TextError."""
     template = model.chat_template
     if template is None:
         raise ApiError(
@@ -38,17 +43,24 @@ async def rendered(
     parts = sum(len(message.content) for message in messages if isinstance(message.content, list))
     check_length(server, characters, "messages")
     if len(messages) + parts <= RENDER_INLINE_MESSAGES and characters <= ENCODE_INLINE_CHARACTERS:
-        return render()
-    return await model.beside(render)
+        return await encoded(server, model, render(), "messages", add_special_tokens=add_special_tokens)
+    return await model.beside(lambda: _encode(server, model, render(), "messages", add_special_tokens))
 
 
 async def encoded(
     server: Server, model: ServedModel, text: str, field: str, *, add_special_tokens: bool
 ) -> list[int]:
     """Token ids of one text of the field `field`. Raises ApiError, TextError."""
+    if len(text) <= ENCODE_INLINE_CHARACTERS:
+        return _encode(server, model, text, field, add_special_tokens)
+    check_length(server, len(text), field)  # before it waits for its turn
+    return await model.beside(lambda: _encode(server, model, text, field, add_special_tokens))
+
+
+def _encode(server: Server, model: ServedModel, text: str, field: str, add_special_tokens: bool) -> list[int]:
     check_length(server, len(text), field)
     try:
-        return await model.encode(text, add_special_tokens=add_special_tokens)
+        return model.tokenizer.encode(text, add_special_tokens)
     except TextError as error:
         raise TextError(f"{field}: {error}", error.field or field) from error
 

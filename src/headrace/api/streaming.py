@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.api.errors import FAILED, ApiError
-from headrace.api.generation import ClientLeftError, Generation, watching
+from headrace.api.generation import ClientLeftError, Generation, Watcher
 from headrace.api.sample import Piece, Sample
 
 DONE = b"data: [DONE]\n\n"
@@ -68,16 +68,18 @@ async def stream_response(
     It waits for the first output, so that what goes wrong until then is answered with its own status; an
     error after that is an event in the stream. Takes the generation over: it is closed when the stream ends.
     """
+    watcher = Watcher(receive, generation)
     try:
-        async with watching(receive, generation):
-            first = await anext(generation)
+        first = await anext(generation)
     except ClientLeftError:
+        watcher.stop()
         generation.close()
         return Response(status_code=CLIENT_LEFT)
     except BaseException:
+        watcher.stop()
         generation.close()
         raise
-    return _EventStream(generation, writer, first, include_usage)
+    return _EventStream(generation, watcher, writer, first, include_usage)
 
 
 class _EventStream(Response):
@@ -86,6 +88,7 @@ class _EventStream(Response):
     def __init__(
         self,
         generation: Generation,
+        watcher: Watcher,
         writer: ChunkWriter,
         first: list[tuple[int, Piece]],
         include_usage: bool,
@@ -93,15 +96,16 @@ class _EventStream(Response):
         super().__init__(headers=_HEADERS | generation.headers)
         del self.headers["content-length"]
         self._generation = generation
+        self._watcher = watcher
         self._writer = writer
         self._first = first
         self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generation:
+        with self._generation, self._watcher:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with watching(receive, self._generation):
-                last = await self._write(scope, send)
+            last = await self._write(scope, send)
+            self._watcher.stop()
             if last is not None:
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -109,19 +113,20 @@ class _EventStream(Response):
         """Send everything but the last bytes, which are returned; None when the client has left."""
         generation, writer = self._generation, self._writer
         samples = generation.samples
-        begin = writer.begin(generation)
+        unsent = writer.begin(generation)
         try:
             pieces = self._first
             while True:
-                body = b"".join([writer.piece(choice, piece, samples[choice]) for choice, piece in pieces])
-                if begin or body:
-                    await send({"type": "http.response.body", "body": begin + body, "more_body": True})
-                    begin = b""
+                unsent += b"".join([writer.piece(choice, piece, samples[choice]) for choice, piece in pieces])
+                if generation.is_over:
+                    usage = writer.usage(generation.usage()) if self._include_usage else b""
+                    return unsent + usage + DONE
+                if unsent:
+                    await send({"type": "http.response.body", "body": unsent, "more_body": True})
+                    unsent = b""
                 pieces = await anext(generation)
-        except StopAsyncIteration:
-            return (writer.usage(generation.usage()) if self._include_usage else b"") + DONE
         except ApiError as error:
             scope.setdefault("state", {})[FAILED] = True
-            return b"data: " + error.body() + b"\n\n" + DONE
+            return unsent + b"data: " + error.body() + b"\n\n" + DONE
         except ClientLeftError:
             return None

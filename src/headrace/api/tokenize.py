@@ -11,7 +11,7 @@ from starlette.responses import Response
 from headrace.api.answers import DetokenizeAnswer, TokenizeAnswer, errors
 from headrace.api.errors import ApiError
 from headrace.api.naming import model_of_text
-from headrace.api.prompts import context_length, encoded, rendered
+from headrace.api.prompts import context_length, conversation_tokens, encoded
 from headrace.api.schema import DetokenizeRequest, TokenizeRequest
 from headrace.api.served import Server
 from headrace.api.terms import admit_small
@@ -28,9 +28,13 @@ def tokenize_routes(server: Server) -> APIRouter:
         model = model_of_text(server, body.model)
         admit_small(request)
         if body.messages is not None:
-            special = bool(body.add_special_tokens)
-            text = await rendered(server, model, body.messages, body.template_arguments)
-            tokens = await encoded(server, model, text, "messages", add_special_tokens=special)
+            tokens = await conversation_tokens(
+                server,
+                model,
+                body.messages,
+                body.template_arguments,
+                add_special_tokens=bool(body.add_special_tokens),
+            )
         else:
             special = body.add_special_tokens is not False
             tokens = await encoded(server, model, body.prompt or "", "prompt", add_special_tokens=special)
