@@ -48,6 +48,19 @@ def test_prompts_are_offloaded_and_their_blocks_travel(result: FleetResult) -> N
     assert result.offloaded == len(offloaded) / len(LOAD)
 
 
+def test_a_home_that_holds_more_of_a_prompt_than_prefill_workers_computes_it() -> None:
+    """The only prefill worker has computed so much since that it holds nothing of it any more."""
+    first = Arrival("first", 0.0, (Piece(1, 10_240),), 8)
+    others = [Arrival(f"r{i}", 5.0, (Piece(10 + i, 10_240),), 8) for i in range(4)]
+    again = Arrival("again", 60.0, (*first.pieces, Piece(2, 2_000)), 8)
+    fleet = replace(FLEET, prefill=1, cache_tokens=45_000)
+    served = {one.name: one for one in simulate([first, *others, again], fleet).requests}
+    assert all(served[arrival.name].prefill for arrival in (first, *others))
+    assert served["again"].home == served["first"].home
+    assert not served["again"].prefill
+    assert served["again"].cached_tokens == 10_240
+
+
 def test_sessions_find_what_they_said_before(result: FleetResult) -> None:
     assert result.hit_rate > 0.3
     first = [one for one in result.requests if one.name.endswith("-0")]

@@ -37,6 +37,10 @@ from headrace.protocol.messages import (
 from headrace.protocol.requests import GenerateRequest
 from headrace.world import World
 
+WORTH = 0.75
+"""A prompt is computed at its home, however long it is, where that is at most this share of what the prefill
+worker that would be soonest has to compute, which holds less of it. Measured: docs/performance.md."""
+
 _GUESS_KEY_BITS = 256
 
 
@@ -153,11 +157,12 @@ class Dispatch:
         decision, home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
         # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
         begins = 0 in samples and not samples[0].tokens
-        split = begins and may_split(request, home, uncached, self._options.split)
-        prefills = self.possible_prefills(home) if split else None
-        split = bool(prefills)
-        if prefills and not self._has_credit(prefills, band, self._promised_tokens(request.model)):
-            return Placed.AWAITS_PREFILL
+        elsewhere = self._elsewhere(request, accepted.prompt, home, uncached) if begins else None
+        split = elsewhere is not None
+        if elsewhere is not None:
+            promised = self._promised_tokens(request.model)
+            if not self._has_credit(elsewhere[0], band, promised):
+                return Placed.AWAITS_PREFILL
         accepted.journey.decisions.append(decision)
         accepted.attempts += 1
         name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
@@ -200,12 +205,29 @@ class Dispatch:
         ttft_s, tpot_s = float(among.ttft_s[soonest]), float(among.tpot_s[soonest])
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
         computing, tokens = possible, ahead.tokens
-        if may_split(request, home, uncached, self._options.split):
-            prefills = self.possible_prefills(home)
-            if prefills:
-                ttft_s = float(router.candidates(prefills, wish, prompt, now).ttft_s.min())
-                computing, tokens = prefills, tokens + self._promised_tokens(request.model)
+        elsewhere = self._elsewhere(request, prompt, home, uncached)
+        if elsewhere is not None:
+            computing, ttft_s = elsewhere
+            tokens += self._promised_tokens(request.model)
         return ttft_s + prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples), tpot_s
+
+    def _elsewhere(
+        self, request: GenerateRequest, prompt: Prompt, home: Member, uncached: float
+    ) -> tuple[Possible, float] | None:
+        """Who could prefill a prompt of which so many tokens are to be computed at its home, and the soonest
+        one's predicted TTFT; None: it is the home's to compute.
+        """
+        if not may_split(request, home, uncached, self._options.split):
+            return None
+        possible = self.possible_prefills(home)
+        if not possible:
+            return None
+        wish = Wish.of(request, len(prompt.tokens), 1)
+        among = self.router_of(request.model).candidates(possible, wish, prompt, self._world.now())
+        soonest = int(among.ttft_s.argmin())
+        if uncached <= WORTH * float(among.uncached_tokens[soonest]):
+            return None
+        return possible, float(among.ttft_s[soonest])
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
