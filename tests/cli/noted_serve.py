@@ -21,7 +21,8 @@ Run = Callable[..., tuple[int, str, dict[str, Any]]]
 def noted_serve(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Run:
     """Gives a function of a command line that returns exit code, output, and what the service was given.
 
-    That is `files`, `engine`, `gateway`, `pools`; and `model`, which was looked for.
+    That is `files`, `engine`, `gateway`, `pools`, `others`, `names`; and `model`, the first that was looked
+    for. What was looked for is the name of a model, and its revision.
     """
     given: dict[str, Any] = {}
 
@@ -34,9 +35,9 @@ def noted_serve(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Run:
             pass
 
     def resolve(model: str, progress: object) -> ModelFiles:
-        given["model"] = model
+        given.setdefault("model", model)
         return ModelFiles(
-            name="noted",
+            name=model,
             directory=directory,
             config={},
             generation_config={},
@@ -45,7 +46,7 @@ def noted_serve(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Run:
             tensors={},
             tokenizer=directory,
             chat_template=None,
-            revision="0",
+            revision=model,
         )
 
     monkeypatch.setattr(headrace.api.service, "Service", Noting)

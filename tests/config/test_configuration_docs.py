@@ -25,6 +25,7 @@ TEXT = (DOCS / "configuration.md").read_text()
 SCHEMA = json.loads(schema_text())
 SECTIONS = {
     "The whole file": "ClusterFile",
+    "models.NAME": "Model",
     "pools": "Pools",
     "pools.POOL": "Pool",
     "split_policy": "SplitPolicy",
@@ -75,6 +76,8 @@ def type_of(value: dict[str, Any]) -> str:
     kind = value["type"]
     if kind == "array":
         return "list of sections"
+    if kind == "object":
+        return f"{'sections' if '$ref' in value['additionalProperties'] else 'numbers'} by name"
     words = kind if isinstance(kind, str) else " or ".join(kind)
     if "maximum" in value:
         return f"{words}, {value['minimum']} to {value['maximum']}"

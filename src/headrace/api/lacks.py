@@ -53,6 +53,11 @@ def lacks(file: ClusterFile, machine: Machine) -> list[str]:
     workers = sum(counts.values()) or 1
     model, said = _model(file)
     found = [said] if said else []
+    found += [
+        f"models.{name}: {source} {here}"
+        for name, source in file.sources().items()
+        if isinstance(here := _here(source), str)
+    ]
     found += _policy(file)
     found += _memory(file, machine, workers, model)
     cores = file.engine.threads or machine.cores
@@ -81,6 +86,14 @@ def _model(file: ClusterFile) -> tuple[ModelFiles | None, str]:
     except OSError as error:
         return None, f"model: {file.model} cannot be read: {error}"
     return (None, f"model: {file.model} {here}") if isinstance(here, str) else (here, "")
+
+
+def _here(source: str) -> ModelFiles | str:
+    """A model's files; or what to say of it."""
+    try:
+        return look_for(source)
+    except (ModelError, OSError) as error:
+        return f"cannot be read: {error}"
 
 
 def _policy(file: ClusterFile) -> list[str]:

@@ -44,6 +44,19 @@ def choose(server: Server, body: SamplingFields, session: str, *, chat: bool) ->
     return choice
 
 
+def untalkative(server: Server) -> list[str]:
+    """What cannot chat though its name can, in words for people."""
+    found = []
+    for name in server.names:
+        shares = server.gateway.versions.of(name)
+        silent = [model for model in shares if server.models[model].chat_template is None]
+        if silent and len(silent) < len(shares):
+            found.append(
+                f"note: chats with {name} that fall to {', '.join(silent)} are refused: no chat template"
+            )
+    return found
+
+
 def model_of_text(server: Server, name: str | None) -> ServedModel:
     """Whose tokenizer and chat template a name stands for; of several versions, those of the heaviest."""
     check_model(server, name)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from headrace.cluster.options import (
     AdmissionOptions,
+    AliasOptions,
     DegradeStep,
     GatewayOptions,
+    ModelOptions,
     RoutingOptions,
     ServiceLevels,
     SplitPolicy,
@@ -19,7 +21,14 @@ from headrace.config.cluster import ClusterFile
 def gateway_options(file: ClusterFile) -> GatewayOptions:
     """What the file asks of a gateway."""
     split, qos = file.split_policy, file.qos
+    smaller = {name: one.smaller or "" for name, one in file.models.items()}
     return GatewayOptions(
+        models=tuple(ModelOptions(name=name, smaller=smaller.get(name, "")) for name in file.sources()),
+        aliases=tuple(
+            AliasOptions(name=name, versions=tuple(one.versions.items()), smaller=smaller[name])
+            for name, one in file.models.items()
+            if one.versions is not None
+        ),
         split=SplitPolicy(
             prompt_length_threshold=split.prompt_length_threshold, prefill_queue_max=split.prefill_queue_max
         ),

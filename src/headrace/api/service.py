@@ -16,19 +16,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from headrace import __version__
 from headrace.api.app import create_app
 from headrace.api.http import HttpServer
+from headrace.api.naming import untalkative
 from headrace.api.served import ServedModel, Server
 from headrace.api.workers import Door, Pools, launchers
 from headrace.cluster import LocalCluster
 from headrace.cluster.options import GatewayOptions, ModelOptions
 from headrace.config import EngineOptions, ServingOptions
 from headrace.config.engine import CACHE_KEY_BYTES
-from headrace.observe import Metrics
+from headrace.observe import Metrics, MetricsByModel
 from headrace.protocol.messages import EngineInfo
 from headrace.store import ModelFiles
 from headrace.worker.process import ENGINE_COMMAND
@@ -52,9 +53,15 @@ class Service:
         pools: Pools | None = None,
         door: Door | None = None,
         gateway: GatewayOptions | None = None,
+        others: Mapping[str, ModelFiles] | None = None,
+        names: tuple[str, ...] = (),
         engine_command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
-        """`bound` listens already. `say` gets lines for people. `started_s` is when start-up began."""
+        """`bound` listens already. `say` gets lines for people. `started_s` is when start-up began.
+
+        `others`, by name, are served beside the model with workers that join; `names` are all that clients
+        may ask for, the first of which is meant where they name none.
+        """
         self._options = options
         self._bound = bound
         self._drain_timeout_s = drain_timeout_s
@@ -65,8 +72,23 @@ class Service:
         self._stopped = False
         self._door = door
         self._world = real_world(door.credentials if door is not None else None, say)
+        self._models = {options.served_name: files, **(others or {})}
+        self._names = names
         gateway = gateway or GatewayOptions()
-        self._metrics = Metrics(options.served_name, self._world.now, gateway)
+        smaller = {model.name: model.smaller for model in gateway.models}
+        gateway = replace(
+            gateway,
+            models=tuple(
+                ModelOptions(name=name, revision=each.revision, smaller=smaller.get(name, ""))
+                for name, each in self._models.items()
+            ),
+        )
+        several = len(self._models) > 1
+        self._metrics: Metrics | MetricsByModel = (
+            MetricsByModel(self._world.now, gateway)
+            if several
+            else Metrics(options.served_name, self._world.now, gateway)
+        )
         self._slo = gateway.slo
         self._pools = pools or Pools()
         key = door.credentials.cluster_key if door is not None else os.urandom(CACHE_KEY_BYTES)
@@ -82,11 +104,7 @@ class Service:
             ),
             listen=door.address if door is not None else None,
             observer=self._metrics,
-            options=replace(
-                gateway,
-                models=(ModelOptions(name=options.served_name, revision=files.revision),),
-                cache_key=key,
-            ),
+            options=replace(gateway, cache_key=key),
             report=say,
         )
         self._http: HttpServer | None = None
@@ -135,15 +153,32 @@ class Service:
         """Start the engine, and while it loads read the model's text and begin to answer."""
         starting = asyncio.create_task(self._cluster.start(), name="engine start")
         try:
-            model = await asyncio.to_thread(ServedModel.from_files, self._files, self._options.served_name)
-            seeds = self._world.random.stream("seeds")
-            server = Server(self._cluster.gateway, model, self._metrics, seeds, self._serving, self._slo)
+            model, *others = await asyncio.to_thread(self._read)
+            server = Server(
+                self._cluster.gateway,
+                model,
+                self._metrics,
+                self._world.random.stream("seeds"),
+                self._serving,
+                self._slo,
+                others=tuple(others),
+                names=self._names,
+            )
+            for line in untalkative(server):
+                self._say(line)
             self._http = HttpServer(create_app(server), self._bound)
             await self._http.start()
             return await starting
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+
+    def _read(self) -> list[ServedModel]:
+        """The models' texts."""
+        read = [ServedModel.from_files(files, name) for name, files in self._models.items()]
+        for model in read[: len(read) if len(read) > 1 else 0]:
+            _ = model.vocabulary  # takes a moment, and is compared while requests are served
+        return read
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stopped:
@@ -172,6 +207,9 @@ class Service:
         files, options = self._files, self._options
         names = list(self._pools.roles())
         said = f"headrace {__version__}: {options.served_name} ({files.model_type}) from {files.directory}"
+        for name, other in self._models.items():
+            if other is not files:
+                said += f", {name} ({other.model_type}) from {other.directory}"
         if names:
             each = max(1, options.threads // len(names))
             said += f", workers {', '.join(names)} with" if len(names) > 1 else ","

@@ -157,6 +157,8 @@ def _cluster(
         raise ValueError("there are no workers: ask for some, as in --prefill 8 --decode 8, or --both 8")
     gateway = replace(
         gateway_options(file),
+        models=(),  # one is simulated, and made requests for
+        aliases=(),
         heartbeat_s=PLANNED.heartbeat_s,
         suspect_after_s=PLANNED.suspect_after_s,
         lapse_s=PLANNED.lapse_s,

@@ -11,7 +11,7 @@ from headrace.cli.errors import clear_errors
 from headrace.cli.groups import spread
 from headrace.cli.http_options import CredentialsDirectory, HttpFlags, SplitFlags
 from headrace.cli.options import Model
-from headrace.cli.serving import serve_http
+from headrace.cli.serving import Source, beside, serve_http
 from headrace.cli.worker_options import (
     DEFAULT_DATA_ADDRESS,
     DataAddress,
@@ -64,13 +64,15 @@ def serve(
             raise ValueError(
                 f"--data-address {data_address} has one port for {len(pools.roles())} workers; give port 0"
             )
+        said = Configured.of(context)
         serve_http(
-            model,
-            lambda files: workers.engine(files, http.served_model_name),
+            Source(model, http.served_model_name, said.naming(model)),
+            beside(said),
+            workers.engine,
             pools,
             http=http,
-            gateway=Configured.of(context).gateway(split.policy()),
-            named_by=Configured.of(context).naming(model),
+            gateway=said.gateway(split.policy()),
+            names=said.file.models,
             listen=listen,
             credentials=credentials,
         )

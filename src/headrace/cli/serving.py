@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.cli import STARTED_S
+from headrace.cli.config_options import Configured
 from headrace.cli.early import unwinding
 from headrace.cli.http_options import HttpFlags, cluster_credentials, say
 from headrace.cli.worker_options import check_join_address
@@ -37,20 +39,40 @@ def find_model(model: str, named_by: str = "") -> ModelFiles:
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that is to be served."""
+
+    model: str
+    """A name, a directory, a GGUF file, or a hub id."""
+    name: str | None
+    """What clients ask for; None is the model's own."""
+    named_by: str = ""
+    """The file that asks for it, or nothing."""
+
+
+def beside(said: Configured) -> list[Source]:
+    """The models of the file's `models`."""
+    named_by = str(said.path or "")
+    return [Source(source, name, named_by) for name, source in said.file.sources().items()]
+
+
 def serve_http(
-    model: str,
-    engine: Callable[[ModelFiles], EngineOptions],
+    first: Source | None,
+    others: Sequence[Source],
+    engine: Callable[[ModelFiles, str], EngineOptions],
     pools: Pools,
     *,
     http: HttpFlags,
     gateway: GatewayOptions,
-    named_by: str,
+    names: Iterable[str],
     listen: str | None,
     credentials: Path | None,
 ) -> None:
     """Serve until a signal says otherwise; at `listen` workers of elsewhere join.
 
-    `named_by` is a file that asks for the model, or nothing.
+    Our own workers are of the `first` model, which is also meant where a client names none; without it, that
+    is the first of `names`: those of the file, of models and of several versions.
     Raises what the user can mend, in words: see `clear_errors`.
     """
     from headrace.api.http import bind
@@ -59,8 +81,18 @@ def serve_http(
         check_join_address("--listen", listen)
     serving = http.serving()
     bound = bind(http.host, http.port)
-    files = find_model(model, named_by)
-    options = engine(files)
+    found = _find_all([*([first] if first is not None else []), *others])
+    (name, files), *more = found.items()
+    if taken := {*found} & {alias.name for alias in gateway.aliases}:
+        raise ValueError(
+            f"{taken.pop()!r} is the name of a model, and has versions; give one of the two another name"
+        )
+    if more and listen is None:
+        raise ValueError(
+            f"workers of {', '.join(each for each, _ in more)} could not join; add --listen HOST:PORT, or "
+            "serve all of them with headrace gateway"
+        )
+    options = engine(files, name)
     import uvloop
 
     from headrace.api.service import Service
@@ -80,7 +112,29 @@ def serve_http(
         pools=pools,
         door=Door(listen, cluster_credentials(credentials, make=True)) if listen is not None else None,
         gateway=gateway,
+        others=dict(more),
+        names=tuple(dict.fromkeys([*([name] if first is not None else []), *names, *found])),
         started_s=STARTED_S,
         say=say,
     )
     uvloop.run(service.run())
+
+
+def _find_all(sources: Sequence[Source]) -> dict[str, ModelFiles]:
+    """The files of each model, by the name that clients ask for. Raises ValueError for a name of two.
+
+    What says no more than the name of one before it is that one: it is in the file for what is smaller.
+    """
+    found: dict[str, ModelFiles] = {}
+    for source in sources:
+        if source.model == source.name and source.name in found:
+            continue
+        files = find_model(source.model, source.named_by)
+        name = source.name or files.name
+        if name in found:
+            raise ValueError(
+                f"two models are called {name!r}: {found[name].directory} and {files.directory}; give one of "
+                "them another name in the file, as in models: {NAME: {model: MODEL}}"
+            )
+        found[name] = files
+    return found

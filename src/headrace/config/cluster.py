@@ -239,12 +239,21 @@ class Slo(Section):
 class DegradeStep(Section):
     """What is taken from a request that would have to wait too long."""
 
-    lower: Literal["n", "max_tokens"]
-    """The field of the request that is lowered; the answer says so."""
-    to: Annotated[int, Field(ge=1)]
-    """To so many at most."""
+    lower: Literal["n", "max_tokens", "model"]
+    """The field of the request that is lowered, `model` to the `smaller` one that `models` gives it; the
+    answer says so."""
+    to: Annotated[int, Field(ge=1)] | None = None
+    """To so many at most; not with `lower: model`."""
     above: Annotated[float, Field(gt=0)] = 0.8
     """When its predicted TTFT or TPOT is above this share of what it may expect."""
+
+    @model_validator(mode="after")
+    def _a_number_is_lowered_to_one(self) -> DegradeStep:
+        if self.lower == "model" and self.to is not None:
+            raise ValueError("to: a model is lowered to its smaller one, which models names; leave it out")
+        if self.lower != "model" and self.to is None:
+            raise ValueError(f"to: is missing; say how much is left of {self.lower}")
+        return self
 
 
 class Qos(Section):
@@ -264,6 +273,29 @@ class Qos(Section):
     wait too long."""
 
 
+class Model(Section):
+    """A name that clients may ask for: a model, or several versions of one."""
+
+    model: str | None = None
+    """A name, a directory, a GGUF file, or a hub id; without, what it is called here."""
+    versions: dict[str, Weight] | None = None
+    """Instead of a model: the weight of each version, by the name of a model. One that `models` does not name
+    is served too, by its own name."""
+    smaller: str | None = None
+    """The model that serves in its place under pressure, at a step `lower: model` of `qos.degrade`; named as
+    versions are."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Model:
+        if self.versions is None:
+            return self
+        if self.model is not None:
+            raise ValueError("it has versions, and is no model itself; leave out model or versions")
+        if not any(self.versions.values()):
+            raise ValueError("versions: none has a weight above 0; give at least one")
+        return self
+
+
 class ClusterFile(Section):
     """A Headrace cluster."""
 
@@ -271,6 +303,9 @@ class ClusterFile(Section):
     """A name, a directory, a GGUF file, or a hub id; without, the command line gives it."""
     served_model_name: str | None = None
     """Name that clients ask for; without, the model's own."""
+    models: dict[str, Model] = {}
+    """Models that are served beside `model`, by the names that clients ask for. `gateway` serves all of them;
+    `serve` has workers of `model`, and workers of the others join it."""
     pools: Pools = Pools()
     split_policy: SplitPolicy = SplitPolicy()
     routing: Routing = Routing()
@@ -280,6 +315,14 @@ class ClusterFile(Section):
     autoscale: Autoscale = Autoscale()
     slo: Slo = Slo()
     qos: Qos = Qos()
+
+    def sources(self) -> dict[str, str]:
+        """What each model of `models` is read from, those included that only versions and smaller name."""
+        found = {name: one.model or name for name, one in self.models.items() if one.versions is None}
+        for one in self.models.values():
+            named = [*(one.versions or ()), *([one.smaller] if one.smaller is not None else ())]
+            found |= {name: name for name in named if name not in self.models}
+        return found
 
     def replicas(self) -> dict[str, int]:
         """Workers of each role that are to be started; all 0 is one that does everything."""

@@ -19,7 +19,7 @@ _FORESEEN = ("policy", "low_priority_threshold_ms")
 
 def contradictions(file: ClusterFile) -> list[str]:
     """What cannot be meant together; each begins with the field that is wrong."""
-    found = [*_engine(file), *_pools(file), *_ladder(file)]
+    found = [*_models(file), *_engine(file), *_pools(file), *_ladder(file)]
     for role in ROLES:
         if (scaled := getattr(file.autoscale, role)) is not None:
             found += _scaling(file, role, scaled)
@@ -51,6 +51,18 @@ def remarks(file: ClusterFile) -> list[str]:
     if file.transfer.connector == "tcp":
         why = "transfer.connector is tcp, over which every block is compared anyway"
         found += _tell(why, "transfer", file.transfer, "check_reads")
+    steps_down = [n for n, step in enumerate(qos.degrade) if step.lower == "model"]
+    with_smaller = [name for name, one in file.models.items() if one.smaller is not None]
+    if steps_down and not with_smaller:
+        found.append(
+            f"qos.degrade.{steps_down[0]}: no model has a smaller one; name it as in "
+            "models: {NAME: {smaller: OTHER}}"
+        )
+    if not steps_down:
+        found += [
+            f"models.{name}.smaller: acts only with a step of qos.degrade with lower: model"
+            for name in with_smaller
+        ]
     if not foresees(file):
         why = "acts only with qos.enable_early_rejection: true, or steps of qos.degrade"
         found += _tell(why, "qos", qos, *_FORESEEN)
@@ -100,16 +112,41 @@ def _pools(file: ClusterFile) -> list[str]:
     return []
 
 
+def _models(file: ClusterFile) -> list[str]:
+    """A name means one thing, and what serves is a model."""
+    found = []
+    several = {name for name, one in file.models.items() if one.versions is not None}
+    for name, one in file.models.items():
+        here = f"models.{name}"
+        if name == file.served_model_name and (one.model or one.versions):
+            found.append(f"{here}: served_model_name calls model so; give this one another name")
+        found += [
+            f"{here}.versions.{version}: it has versions itself; name the models that it has"
+            for version in one.versions or ()
+            if version in several
+        ]
+        if one.smaller in several:
+            found.append(f"{here}.smaller: {one.smaller} has versions; name one of them")
+        if one.smaller is not None and (one.smaller == name or {one.smaller} == set(one.versions or ())):
+            found.append(f"{here}.smaller: {one.smaller} is what serves anyway; name another")
+    return found
+
+
 def _ladder(file: ClusterFile) -> list[str]:
     """A step that another has taken already does nothing."""
     found, lowest = [], dict[str, int]()
-    for number, step in enumerate(file.qos.degrade):
-        if step.to >= lowest.get(step.lower, step.to + 1):
+    steps = [(number, step, step.to) for number, step in enumerate(file.qos.degrade)]
+    models = [number for number, step, _ in steps if step.lower == "model"]
+    found += [f"qos.degrade.{each}: the model is a smaller one by then; leave it out" for each in models[1:]]
+    for number, step, to in steps:
+        if to is None:
+            continue
+        if to >= lowest.get(step.lower, to + 1):
             found.append(
-                f"qos.degrade.{number}: {step.lower} is down to {lowest[step.lower]} by then, and {step.to} "
+                f"qos.degrade.{number}: {step.lower} is down to {lowest[step.lower]} by then, and {to} "
                 "is not below; lower it, or leave the step out"
             )
-        lowest[step.lower] = step.to
+        lowest[step.lower] = to
     return found
 
 

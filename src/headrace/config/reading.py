@@ -90,8 +90,8 @@ def fields(model: type[BaseModel] = ClusterFile, under: str = "") -> Iterator[st
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one."""
-    if get_origin(annotation) is list:
+    """The section that a field holds, if it holds one and no more."""
+    if get_origin(annotation) in (list, dict):
         return None
     for each in (annotation, *get_args(annotation)):
         if isinstance(each, type) and issubclass(each, BaseModel):
@@ -153,9 +153,9 @@ def _meant(where: Sequence[str]) -> str:
     *above, name = where
     model: type[BaseModel] = ClusterFile
     for each in above:
-        if each in model.model_fields:  # else a place in a list
+        if each in model.model_fields:  # else a place in a list, or a name
             annotation = model.model_fields[each].annotation
-            model = section_of(annotation) or section_of(get_args(annotation)[0]) or model
+            model = section_of(annotation) or section_of((None, *get_args(annotation))[-1]) or model
     prefix = "".join(f"{each}." for each in above)
     known = list(model.model_fields)
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):

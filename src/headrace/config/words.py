@@ -48,7 +48,7 @@ class Line:
 def in_words(file: ClusterFile) -> dict[str, list[Line]]:
     """Lines by section, the sections in the order of the reference."""
     whole = [_line(file, "", name, _says(file, name)) for name in ("model", "served_model_name")]
-    found = {"model": whole, "pools": list(_pools(file))}
+    found = {"model": [*whole, *_models(file)], "pools": list(_pools(file))}
     for name in ("split_policy", "routing", "cache", "engine", "transfer", "slo", "qos"):
         section = getattr(file, name)
         paths = [f"{name}.{field}" for field in type(section).model_fields]
@@ -64,6 +64,30 @@ def in_words(file: ClusterFile) -> dict[str, list[Line]]:
 def _line(section: BaseModel, prefix: str, name: str, says: str, *, acts: bool = True) -> Line:
     default = name not in section.model_fields_set
     return Line(prefix + name, section.model_dump()[name], says, default, acts)
+
+
+def _models(file: ClusterFile) -> Iterator[Line]:
+    if not file.models:
+        yield Line("models", {}, "no other model is served", True)
+    for name, source in file.sources().items():
+        if name in file.models:
+            yield _line(file.models[name], f"models.{name}.", "model", f"{source} is served as {name}")
+        else:
+            yield Line(f"models.{name}.model", None, f"{source} is served as {name}", True)
+    for name, one in file.models.items():
+        if one.versions is not None:
+            total = sum(one.versions.values())
+            shares = ", ".join(f"{weight / total:.3g} to {each}" for each, weight in one.versions.items())
+            says = f"of the requests for {name}, a share of {shares}; a session keeps to one"
+            yield _line(one, f"models.{name}.", "versions", says)
+        if one.smaller is not None:
+            steps = [step for step in file.qos.degrade if step.lower == "model"]
+            says = (
+                f"serves in place of {name} above {steps[0].above:.0%} of what is allowed"
+                if steps
+                else "does not act without a step of qos.degrade with lower: model"
+            )
+            yield _line(one, f"models.{name}.", "smaller", says)
 
 
 def _pools(file: ClusterFile) -> Iterator[Line]:
@@ -148,7 +172,11 @@ def _low_priority(value: Any, file: ClusterFile) -> str:
 
 
 _SENTENCES: dict[str, Says] = {
-    "model": lambda v, f: "is served" if v else "give one as the argument, or with --set model=NAME",
+    "model": lambda v, f: (
+        "is served"
+        if v
+        else "give one as the argument, or with --set model=NAME" + ", for all but gateway" * bool(f.models)
+    ),
     "served_model_name": lambda v, f: (
         "is what clients ask for" if v else "clients ask for the model's own name"
     ),
@@ -231,7 +259,10 @@ _SENTENCES: dict[str, Says] = {
     "qos.low_priority_threshold_ms": _low_priority,
     "qos.reject_on_slo_violation": _rejects,
     "qos.degrade": lambda v, f: (
-        "; ".join(f"{step.lower} down to {step.to} above {step.above:.0%} of what is allowed" for step in v)
+        "; ".join(
+            f"{step.lower} down to {step.to or 'the smaller one'} above {step.above:.0%} of what is allowed"
+            for step in v
+        )
         or "nothing is taken from a request that would wait too long"
     ),
 }

@@ -72,6 +72,12 @@ class MetricsByModel(GatewayObserver, Collector):
     def handed_over(self, request: GenerateRequest, settled: ImportSettled) -> None:
         self._of[request.model].handed_over(request, settled)
 
+    def queued(self, request: GenerateRequest) -> None:
+        self._of[request.model].queued(request)
+
+    def unqueued(self, request: GenerateRequest, waited_s: float | None) -> None:
+        self._of[request.model].unqueued(request, waited_s)
+
     def accepted(self, request: GenerateRequest) -> None:
         self._of[request.model].accepted(request)
 
@@ -83,6 +89,9 @@ class MetricsByModel(GatewayObserver, Collector):
 
     def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
         self._of[request.model].answered(request, ttft_s)
+
+    def gave_up(self, request: GenerateRequest, after_s: float) -> None:
+        self._of[request.model].gave_up(request, after_s)
 
     def first_tokens(self, request: GenerateRequest, ttft_s: float, tokens: int, prompt_tokens: int) -> None:
         self._of[request.model].first_tokens(request, ttft_s, tokens, prompt_tokens)
