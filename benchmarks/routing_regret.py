@@ -97,6 +97,7 @@ class Forks:
             if pid == 0:
                 os.close(reads)
                 self._go_on_alone(request_id, writes)
+                self._force(request_id, decision.purpose, possible.members[candidate])
                 return possible.members[candidate], replace(decision, chosen=candidate)
             os.close(writes)
             running.append((candidate, pid, reads))
@@ -115,10 +116,8 @@ class Forks:
 
     def _go_on_alone(self, request_id: str, writes: int) -> None:
         """In a fork: no more samples, and the end with the request's first token."""
-        asyncio._set_running_loop(
-            self._fleet.simulation.loop
-        )  # a running loop is another process's after a fork
-        self._router.choose = self._choose  # type: ignore[method-assign]
+        # A running loop is another process's after a fork.
+        asyncio._set_running_loop(self._fleet.simulation.loop)
         note: Callable[..., None] = Journey.note
 
         def noted(journey: Journey, now: float, what: str, *rest: Any, **detail: Any) -> None:
@@ -128,6 +127,19 @@ class Forks:
                 os._exit(0)
 
         Journey.note = noted  # type: ignore[method-assign]
+
+    def _force(self, request_id: str, stage: str, member: Member) -> None:
+        """Choose a member for this request whenever it is asked for; it may have to wait and ask again."""
+
+        def choose(
+            possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
+        ) -> tuple[Member, Decision]:
+            chosen, decision = self._choose(possible, wish, prompt, purpose=purpose, now=now)
+            if (wish.request_id, purpose) != (request_id, stage) or member not in possible.members:
+                return chosen, decision
+            return member, replace(decision, chosen=possible.members.index(member))
+
+        self._router.choose = choose  # type: ignore[method-assign]
 
     @staticmethod
     def _collect(candidate: int, pid: int, reads: int, found: list[float]) -> None:
