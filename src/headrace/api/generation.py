@@ -7,7 +7,7 @@ A choice is one sample of one prompt: choice = prompt * n + sample.
 from __future__ import annotations
 
 import asyncio
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +58,7 @@ class Generation:
     ) -> None:
         """Submits. Raises RequestRefused for what the gateway does not accept, StepDown for what the smaller
         model of `choice` is to serve, ApiError for what the caller may not have now."""
-        self.id = uuid.uuid4().hex
+        self.id = secrets.token_hex(16)
         self.model = server.models[choice.model]
         prompts, sampling = prepared.prompts, prepared.sampling
         self.prompts = prompts

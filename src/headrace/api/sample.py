@@ -6,7 +6,9 @@ sample may end before the engine knows it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from headrace.protocol.requests import FinishReason, SequenceOutput, TokenLogprobs
 from headrace.text import IncrementalDetokenizer, StopChecker, Tokenizer
@@ -24,15 +26,14 @@ class TextOptions:
     """Whether pieces carry the ids of their tokens."""
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(msgspec.Struct):
     """What was added to a sample: text, and its tokens one by one where they were asked for."""
 
     text: str
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    token_texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
+    token_texts: list[str] = []
     """What each token of `logprobs` added to the text, before stop strings were looked for."""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     """Of the tokens that were taken in, where the options ask for them."""
 
 
@@ -65,7 +66,7 @@ class Sample:
             if output.logprobs is not None:
                 piece.logprobs.append(output.logprobs[i])
                 piece.token_texts.append(text)
-            piece.text += self._checked(text)
+            piece.text += text if self._stops is None else self._checked(text)
             if self.finish_reason is not None:
                 self.stopped_here = finish is None or i < len(output.tokens) - 1
                 return piece

@@ -36,6 +36,9 @@ from headrace.worker.process import ENGINE_COMMAND
 from headrace.world import real_world
 from headrace.world.signals import Signals
 
+YOUNG_OBJECTS = 5000
+"""So many more objects that can be part of a cycle are there before cycles are looked for."""
+
 
 class Service:
     """One model, served on one socket."""
@@ -227,7 +230,9 @@ class Service:
 
 
 def _keep_what_stays() -> None:
-    """Spare the collector what start-up made: modules, routes, tokenizer. It stays until the end, and to walk
-    through all of it for each collection of the oldest generation took a tenth of the process's time."""
+    """Spare the collector what start-up made (modules, routes, tokenizer), which stays until the end: to walk
+    through all of it for each collection of the oldest generation took a tenth of the process's time. What
+    requests make frees itself but for a few cycles, so looking for those can wait."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)

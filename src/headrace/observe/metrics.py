@@ -203,6 +203,7 @@ class Metrics(GatewayObserver, Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every metric as it is now."""
+        self._sum_up()
         for one in self._record.attainment():
             over = one.band, one.slo, one.window
             self._attained.values[over] = 1.0 if one.ratio is None else one.ratio
@@ -233,7 +234,6 @@ class Metrics(GatewayObserver, Collector):
             self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
         self._infos[worker_id] = info
         self.worker_became(worker, MemberState.UP)
-        self._sum_up()
         self._model_info.facts = {
             "revision": info.revision,
             "dtype": info.dtype,
@@ -257,7 +257,6 @@ class Metrics(GatewayObserver, Collector):
             self._workers.values[was] -= 1
         self._infos.pop(worker_id, None)
         self._last_stats.pop(worker_id, None)
-        self._sum_up()
 
     def worker_became(self, worker: WorkerInfo, state: MemberState) -> None:
         if (was := self._states.pop(worker.worker_id, None)) is not None:
@@ -270,7 +269,6 @@ class Metrics(GatewayObserver, Collector):
 
     def step(self, worker_id: str, stats: StepStats) -> None:
         self._last_stats[worker_id] = stats
-        self._sum_up()
         self._count_totals(worker_id, stats)
         if stats.rows:
             self._busy_s.value += stats.step_s

@@ -58,7 +58,7 @@ def pay(characters: int = 0) -> None:
 def size_of(value: Any) -> int:
     """Characters and parts of `value` with everything inside it. Shared parts count each time, as they would
     when written out. Raises `SecurityError` beyond the limits."""
-    if isinstance(value, str | bytes):
+    if type(value) is str or isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, int):
         if value.bit_length() > MAX_INTEGER_BITS:
@@ -85,10 +85,9 @@ def size_of(value: Any) -> int:
 
 def checked(value: Any) -> Any:
     """Pay for a value that was just made, and give it back."""
-    size = size_of(value)
-    if size > MAX_CHARACTERS:
+    if (size := size_of(value)) > MAX_CHARACTERS:
         raise SecurityError(f"it makes a text of {size} characters, the limit is {MAX_CHARACTERS}")
-    pay(length_of(value))
+    pay(size if type(value) is str else length_of(value))
     return value
 
 

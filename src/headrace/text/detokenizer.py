@@ -41,14 +41,20 @@ class IncrementalDetokenizer:
 class _ByteLevel:
     def __init__(self, pieces: ByteLevelPieces) -> None:
         self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
+        """The beginning of a character."""
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._pieces[token_id])
+        piece = self._held + self._pieces[token_id] if self._held else self._pieces[token_id]
+        if piece.isascii():
+            self._held = b""
+            return piece.decode()
+        text, taken = codecs.utf_8_decode(piece, "replace")
+        self._held = piece[taken:]
+        return text
 
     def flush(self) -> str:
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
+        text, self._held = self._held.decode(errors="replace"), b""
         return text
 
 

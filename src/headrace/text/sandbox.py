@@ -85,6 +85,9 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         return attr not in _DENIED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str:  # most of what templates do
+            announce(len(left) + len(right))
+            return checked(left + right)
         if operator == "%" and isinstance(left, str):
             _check_format(left, right)
         elif operator == "*":
