@@ -216,3 +216,17 @@ def test_a_server_that_says_little_is_shown_all_the_same() -> None:
         assert "starting, 0 of 0 workers up" in said
         assert "no worker has joined yet" in said
     assert covers(frame(bare)) == "since the start"
+
+
+def test_models_are_taken_together() -> None:
+    one = metrics(2)
+    name = Reading.of(0.0, cluster(2), one).model
+    ours, theirs = f'model_name="{name}"', 'model_name="another"'
+    lines = ([line, line.replace(ours, theirs)] if ours in line else [line] for line in one.splitlines())
+    both = Reading.of(0.0, cluster(2), "\n".join(line for each in lines for line in each) + "\n")
+    alone = Reading.of(0.0, cluster(2), one)
+    assert both.model == f"{name}, another"
+    assert both.total("generation_tokens") == 2 * alone.total("generation_tokens") > 0
+    ttft = "time_to_first_token_seconds"
+    assert both.distribution(ttft).bounds == alone.distribution(ttft).bounds
+    assert both.distribution(ttft).count == 2 * alone.distribution(ttft).count > 0

@@ -41,7 +41,7 @@ YOUNG_OBJECTS = 5000
 
 
 class Service:
-    """One model, served on one socket."""
+    """One model, or several, served on one socket."""
 
     def __init__(
         self,

@@ -136,7 +136,8 @@ def _show_status(answer: dict[str, Any]) -> None:
     for line in attainment_lines(answer.get("slo") or {}):
         console.print(line, highlight=False)
     table = Table(box=None, pad_edge=False)
-    for heading in ("WORKER", "ROLE"):
+    several = len({worker.get("model") for worker in answer["workers"]}) > 1
+    for heading in ("WORKER", *["MODEL"] * several, "ROLE"):
         table.add_column(heading, no_wrap=True)
     table.add_column("STATE")
     for heading in ("RUN", "WAIT", "PREFILL", "HELD", "LEASED", "STEP", "HEARD"):
@@ -145,6 +146,7 @@ def _show_status(answer: dict[str, Any]) -> None:
         blocks = worker["blocks"]
         table.add_row(
             escape(worker["id"]),
+            *([escape(worker["model"])] if several else []),
             worker["role"],
             escape(worker["state"] + (f": {worker['why']}" if worker["why"] else "")),
             f"{worker['running']}",

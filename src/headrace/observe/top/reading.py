@@ -76,32 +76,36 @@ class Reading:
     cluster: Mapping[str, Any]
     """The answer of /cluster."""
     values: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
-    """Counters and gauges, by their labels apart from the model's name."""
+    """Counters and gauges, of all models together, by their labels apart from the model's name."""
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
     model: str = ""
+    """The names of all, in words."""
 
     @classmethod
     def of(cls, at_s: float, cluster: Mapping[str, Any], metrics: str) -> Reading:
         """Raises ValueError for metrics that are not in Prometheus' text format."""
         values: dict[str, dict[Labels, float]] = {}
         distributions: dict[str, Distribution] = {}
-        model = ""
+        models: dict[str, None] = {}
         for family in text_string_to_metric_families(metrics):
             name = family.name.removeprefix(PREFIX)
             if name == family.name:
                 continue
-            buckets: list[tuple[float, float]] = []
+            buckets: dict[float, float] = {}
             for sample in family.samples:
                 labels = dict(sample.labels)
-                model = labels.pop("model_name", model)
+                if (model := labels.pop("model_name", None)) is not None:
+                    models[model] = None
                 if sample.name.endswith("_bucket"):
-                    buckets.append((float(labels["le"]), sample.value))
+                    bound = float(labels["le"])
+                    buckets[bound] = buckets.get(bound, 0.0) + sample.value
                 elif not sample.name.endswith(("_sum", "_count", "_created")):
-                    values.setdefault(name, {})[tuple(sorted(labels.items()))] = sample.value
+                    of_name, key = values.setdefault(name, {}), tuple(sorted(labels.items()))
+                    of_name[key] = of_name.get(key, 0.0) + sample.value
             if buckets:
-                bounds, up_to = zip(*sorted(buckets), strict=True)
+                bounds, up_to = zip(*sorted(buckets.items()), strict=True)
                 distributions[name] = Distribution(bounds, up_to)
-        return cls(at_s, cluster, values, distributions, model)
+        return cls(at_s, cluster, values, distributions, ", ".join(models))
 
     def total(self, name: str) -> float:
         """A counter or gauge, summed over its labels; 0 for one that the server does not have."""
