@@ -127,9 +127,9 @@ def test_the_memory_of_all_workers_is_looked_at_before_any_starts(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.worker.memory.available_memory", lambda: 3 << 30)
-    code, output, _ = serve("--kv-cache-memory", "1GiB", "--decode", "3")
+    code, output, _ = serve("--kv-cache-memory", "1GiB", "--both", "3")
     assert code == 0, output
-    code, output, _ = serve("--kv-cache-memory", "1GiB", "--decode", "4")
+    code, output, _ = serve("--kv-cache-memory", "1GiB", "--both", "4")
     assert code == 1
     assert "out of memory: each of 4 workers needs" in output
     assert "--kv-cache-memory is 1 GiB" in output.replace("1.0", "1")
@@ -138,12 +138,20 @@ def test_the_memory_of_all_workers_is_looked_at_before_any_starts(
     assert "out of memory: the engine needs" in output
 
 
+def test_workers_that_only_decode_need_others_that_prefill(serve: Any) -> None:
+    code, output, _ = serve("--decode", "2")
+    assert code == 1
+    assert "would have to prefill everything themselves; add --prefill" in " ".join(output.split())
+    code, output, _ = serve("--decode", "2", "--listen", "127.0.0.1:7000")  # they may join
+    assert code == 0, output
+
+
 def test_how_many_may_wait_is_an_option_of_a_joining_worker_too() -> None:
     assert "--max-waiting" in CliRunner().invoke(app, ["worker", "--help"], env={"COLUMNS": "200"}).output
 
 
 @pytest.mark.parametrize(
-    "workers", [("--decode", "99999999999999999999"), ("--prefill", "200", "--both", "100")]
+    "workers", [("--both", "99999999999999999999"), ("--prefill", "200", "--both", "100")]
 )
 def test_more_workers_than_a_machine_can_have_are_refused_at_once(
     serve: Any, workers: tuple[str, ...]

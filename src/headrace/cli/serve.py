@@ -65,6 +65,11 @@ def serve(
                 f"--data-address {data_address} has one port for {len(pools.roles())} workers; give port 0"
             )
         said = Configured.of(context)
+        if decode and not (prefill or both or listen or said.file.pools.prefill):
+            raise ValueError(
+                f"{decode} workers that decode would have to prefill everything themselves; add --prefill, "
+                "or ask for them with --both"
+            )
         serve_http(
             Source(model, http.served_model_name, said.naming(model)),
             beside(said),
