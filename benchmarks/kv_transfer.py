@@ -136,15 +136,19 @@ def source(pipe: Pipe, shape: Shape, bare_port: int) -> None:
         released = asyncio.Event()
         agent, bare_nixl = await open_agent(end), BareNixl(end.memory)
         pipe.send((bytes(bare_nixl.agent.get_agent_metadata()), bare_nixl.base))
+        world = real_world()
+        listener = await world.network.listen(
+            "127.0.0.1:0", lambda connection: exports.serve(connection), plain=True
+        )
         exports = Exports(
-            real_world(),
+            world,
             end.pool,
             worker_id="source",
             generation=1,
+            address=listener.address,
             released=lambda name, how: released.set(),
             agent=agent,
         )
-        await exports.listen("127.0.0.1:0")
         number = 0
         while (how := await asyncio.to_thread(pipe.recv)) is not None:
             if how == "bare":
@@ -164,6 +168,7 @@ def source(pipe: Pipe, shape: Shape, bare_port: int) -> None:
             exports.held(name)
             pipe.send(ticket)
             await released.wait()
+        await listener.close()
         await exports.close()
         await agent.close()
 

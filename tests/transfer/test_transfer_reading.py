@@ -59,11 +59,14 @@ class House:
             self.pool("source"),
             worker_id="p",
             generation=1,
+            address="source:7200",
             released=lambda name, how: self.released.append((simulation.loop.now, how)),
             lease_s=LEASE_S,
             agent=self.agents["source"],
         )
-        await self.exports.listen("source:7200")
+        self.listener = await self.worlds["source"].network.listen(
+            "source:7200", self.exports.serve, plain=True
+        )
         self.ticket = self.exports.offer(Exporting("r", BLOCK_SIZE * BLOCKS, []))
 
     def pool(self, host: str) -> Pool:
@@ -112,6 +115,7 @@ def within(body: Callable[[House], Awaitable[None]]) -> None:
         house = House(simulation)
         await house.open()
         await body(house)
+        await house.listener.close()
         await house.exports.close()
         for agent in house.agents.values():
             await agent.close()

@@ -25,8 +25,10 @@ def visit(visitor: Callable[[Dial, bytes], Awaitable[None]]) -> None:
     async def main(simulation: Simulation) -> None:
         pool = Pool(memoryview(bytearray(10 * 32)), 32, 4, "layout")
         world = simulation.world("p")
-        exports = Exports(world, pool, worker_id="p", generation=1, released=lambda name, how: None)
-        await exports.listen("p:1")
+        exports = Exports(
+            world, pool, worker_id="p", generation=1, address="p:1", released=lambda name, how: None
+        )
+        listener = await world.network.listen("p:1", exports.serve, plain=True)
         ticket = exports.offer(Exporting("r", 4 * BLOCKS, []))
         exports.computed(Computed("r", 4 * BLOCKS, [BlockSpan(0, 0, list(range(BLOCKS)))]))
         exports.held("r")
@@ -35,6 +37,7 @@ def visit(visitor: Callable[[Dial, bytes], Awaitable[None]]) -> None:
             return await simulation.world("x").network.connect("p:1", timeout_s=1.0, plain=True)
 
         await visitor(dial, ticket.token)
+        await listener.close()
         await exports.close()
 
     run(main, max_virtual_s=100.0)

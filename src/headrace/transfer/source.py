@@ -34,7 +34,7 @@ from headrace.transfer.messages import (
 from headrace.transfer.pool import Pool
 from headrace.transfer.shown import show
 from headrace.transfer.times import ANSWER_TIMEOUT_S
-from headrace.world import Connection, Listener, MemoryAgent, World
+from headrace.world import Connection, MemoryAgent, World
 
 LEASE_S = 30.0
 """How long computed blocks wait to be fetched, by this machine's clock; far longer than a step."""
@@ -62,11 +62,14 @@ class Exports:
         *,
         worker_id: str,
         generation: int,
+        address: str,
         released: Callable[[str, str], None],
         lease_s: float = LEASE_S,
         agent: MemoryAgent | None = None,
     ) -> None:
-        """`released(request_id, how)` is called once for each export, when nothing touches its blocks.
+        """Somebody listens at `address`, plain, and hands connections to `serve`.
+
+        `released(request_id, how)` is called once for each export, when nothing touches its blocks.
 
         With `agent`, which has the pool's memory, targets may read blocks by themselves.
         """
@@ -81,8 +84,7 @@ class Exports:
         self._numbers = 0
         self._leases: dict[str, Lease] = {}
         self._by_token: dict[bytes, Lease] = {}
-        self._listener: Listener | None = None
-        self._address = ""
+        self._address = address
         self._readers: set[asyncio.Task[None]] = set()
         self._strangers: dict[asyncio.Task[None], None] = {}
         """Those of the readers that have not shown a token, in the order in which they came."""
@@ -94,19 +96,8 @@ class Exports:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._leases
 
-    async def listen(self, address: str) -> None:
-        """Serve blocks at `address`. Raises OSError, ValueError."""
-        self._listener = await self._world.network.listen(address, self.serve, plain=True)
-        self._address = self._listener.address
-
-    def served_at(self, address: str) -> None:
-        """Blocks are served at `address`: somebody listens there, plain, and hands connections to `serve`."""
-        self._address = address
-
     async def close(self) -> None:
         """The engine's life is over: read no more, and say nothing of it."""
-        if self._listener is not None:
-            await self._listener.close()
         for lease in self._leases.values():
             self._stop_timer(lease)
         for reader in self._readers:
@@ -119,8 +110,6 @@ class Exports:
 
     def offer(self, event: Exporting) -> Ticket:
         """An export was accepted: the ticket to fetch it with."""
-        if not self._address:
-            raise RuntimeError("exports are offered before blocks are served")
         self._numbers += 1
         size = self._pool.block_size
         token = blake2b(self._numbers.to_bytes(8, "big"), key=self._secret, digest_size=_TOKEN_BYTES).digest()

@@ -326,11 +326,11 @@ class EngineLife:
                 pool,
                 worker_id=options.worker_id,
                 generation=generation,
+                address=self._data.address,
                 released=relay.export_released,
                 lease_s=options.lease_s,
                 agent=self._agent,
             )
-            relay.exports.served_at(self._data.address)
             relay.imports = Imports(
                 world,
                 pool,
