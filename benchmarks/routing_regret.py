@@ -108,7 +108,8 @@ class Forks:
         self._left -= 1
         self.samples.append(Sample(decision.purpose, found, decision.chosen))
         print(
-            f"{len(self.samples)} decisions, mean regret {mean_regret(self.samples):.1%}",
+            f"{len(self.samples)} decisions, mean regret {mean_regret(self.samples):.1%}; the last for "
+            f"{decision.purpose}: {found[decision.chosen]:.3f} s, {min(found):.3f} at best",
             file=sys.stderr,
             flush=True,
         )
