@@ -130,6 +130,12 @@ def test_least_loaded_takes_the_least_loaded_and_among_equals_the_first_by_name(
     assert many(policy="least_loaded").choose().worker == "w0"
 
 
+def test_prompts_that_are_prefilled_for_others_are_load() -> None:
+    busy = member("a")
+    busy.exports = 2
+    assert House(busy, member("b", open_samples=1), policy="least_loaded").choose().worker == "b"
+
+
 def test_power_of_two_never_takes_the_worse_of_two() -> None:
     house = House(member("a", open_samples=7), member("b"), policy="power_of_two")
     assert {house.choose().worker for _ in range(20)} == {"b"}

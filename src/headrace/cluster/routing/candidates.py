@@ -63,8 +63,8 @@ class Candidates:
 
     @property
     def load(self) -> Column:
-        """Open samples against those that run at once."""
-        return self._facts[:, Fact.OPEN_SAMPLES] / self._facts[:, Fact.ROWS]
+        """Open samples, and prompts that it prefills for others, against the sequences that run at once."""
+        return (self._facts[:, Fact.OPEN_SAMPLES] + self._facts[:, Fact.EXPORTS]) / self._facts[:, Fact.ROWS]
 
     @property
     def decode_load(self) -> Column:
