@@ -102,6 +102,8 @@ class KVCache:
         position needs at least as many. So the last `block_size` positions decide.
         """
         size = self.block_size
+        if all(group.window is None for group in self.groups):
+            return len(self.groups) * -(-length // size)
         return max(
             sum(position // size - group.first_visible(position) // size + 1 for group in self.groups)
             for position in range(max(0, length - size), length)

@@ -7,7 +7,10 @@ stop it. All lengths are in tokens.
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
+
+import numpy as np
 
 from headrace.protocol.requests import SEED_LIMIT, ErrorCode, GenerateRequest, RequestError, SamplingParams
 
@@ -49,10 +52,20 @@ def check_request(request: GenerateRequest, limits: ModelLimits) -> None:
             f"the prompt has {length} tokens; with at least one to generate, the limit is "
             f"{limits.max_model_len - 1} (max_model_len {limits.max_model_len})",
         )
-    if min(request.prompt) < 0 or max(request.prompt) >= limits.vocab_size:
+    if not _are_below(request.prompt, limits.vocab_size):
         bad = next(token for token in request.prompt if not 0 <= token < limits.vocab_size)
         raise _invalid("prompt", f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
     _check_sampling(request.sampling, limits)
+
+
+def _are_below(tokens: list[int], limit: int) -> bool:
+    """Whether all are in [0, limit). Packed first: comparing integers of Python takes ten times
+    as long."""
+    try:
+        packed = array("I", tokens)
+    except OverflowError:  # negative, or of more than 32 bits
+        return all(0 <= token < limit for token in tokens)
+    return bool(np.frombuffer(packed, np.uintc).max() < limit)
 
 
 def _check_sampling(params: SamplingParams, limits: ModelLimits) -> None:
