@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from headrace.api import ServedModel, Server
+from headrace.api.naming import untalkative
 from headrace.cluster.options import (
     AdmissionOptions,
     AliasOptions,
@@ -48,6 +49,7 @@ OPTIONS = GatewayOptions(
     aliases=(
         AliasOptions(name="mixed", versions=((BIG, 50.0), (SMALL, 50.0))),
         AliasOptions(name="alike", versions=((BIG, 75.0), (BARE, 25.0))),
+        AliasOptions(name="to bare", versions=((BIG, 1.0),), smaller=BARE),
     ),
     slo=ServiceLevels(ttft_s=1e-9),
     admission=AdmissionOptions(degrade=(DegradeStep(lower="model", above=1e9),)),
@@ -79,7 +81,7 @@ class SeveralHouse(ApiHouse):
 
     def server(self) -> Server:
         others = (self.texts[SMALL], self.texts[BARE])
-        names = (BIG, SMALL, BARE, "mixed", "alike")
+        names = (BIG, SMALL, BARE, "mixed", "alike", "to bare")
         chance = random.Random(0)
         return Server(self.gateway, self.texts[BIG], self.metrics, chance, others=others, names=names)
 
@@ -136,8 +138,8 @@ def pressing() -> Iterator[SeveralHouse]:
         admission=AdmissionOptions(degrade=ladder),
     )
     with SeveralHouse(options) as house:
-        for _ in range(2):
-            complete(house, model=SMALL, priority=-1)
+        for model in (SMALL, BARE):
+            complete(house, model=model, priority=-1)
         slow = next(iter(house.gateway.registry.live(BIG)))
 
         def slowly() -> None:
@@ -158,9 +160,9 @@ def complete(house: ApiHouse, path: str = "completions", **body: Any) -> httpx.R
 
 def test_all_names_are_listed(several: SeveralHouse) -> None:
     cards = httpx.get(f"{several.url}/v1/models").json()["data"]
-    assert [card["id"] for card in cards] == [BIG, SMALL, BARE, "mixed", "alike"]
-    assert [card["max_model_len"] for card in cards] == [512, 64, 512, 64, 512]
-    assert [card.get("versions") for card in cards[2:]] == [
+    assert [card["id"] for card in cards] == [BIG, SMALL, BARE, "mixed", "alike", "to bare"]
+    assert [card["max_model_len"] for card in cards] == [512, 64, 512, 64, 512, 512]
+    assert [card.get("versions") for card in cards[2:5]] == [
         None,
         {BIG: 0.5, SMALL: 0.5},
         {BIG: 0.75, BARE: 0.25},
@@ -185,9 +187,8 @@ def test_an_unknown_name_is_told_what_there_is(several: SeveralHouse) -> None:
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert error["message"] == (
-        "the model 'huge' does not exist here; 'big', 'small', 'bare', 'mixed' and 'alike' are served"
-    )
+    names = "'big', 'small', 'bare', 'mixed', 'alike' and 'to bare'"
+    assert error["message"] == f"the model 'huge' does not exist here; {names} are served"
 
 
 def test_the_official_client_sees_which_version_streams(several: SeveralHouse) -> None:
@@ -296,6 +297,18 @@ def test_under_pressure_the_smaller_model_answers_in_its_own_tokens(pressing: Se
     assert said == pressing.says(SMALL, "Hello", max_tokens=8)
     page = httpx.get(f"{pressing.url}/metrics").text
     assert 'request_degraded_total{class="normal",model_name="small",step="model=small"} 2.0' in page
+
+
+def test_a_chat_does_not_fall_to_a_model_that_cannot_chat(pressing: SeveralHouse) -> None:
+    assert complete(pressing, model="to bare", max_tokens=2).json()["model"] == BARE
+    chat = complete(pressing, "chat/completions", model="to bare", max_tokens=2)
+    assert chat.json()["model"] == BIG
+
+
+def test_who_cannot_chat_is_told_at_the_start(several: SeveralHouse) -> None:
+    assert untalkative(several.server()) == [
+        "note: chats with alike that fall to bare are refused: no chat template"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from headrace.cluster.options import GatewayOptions, ModelOptions
 from headrace.cluster.registry import Registry, Unfit
 from headrace.engine import Engine
 from headrace.engine.limits import RequestRefused
+from headrace.protocol.messages import Role
 from headrace.protocol.requests import ErrorCode, GenerateRequest
 from headrace.sim import Crash, Simulation, run
 from headrace.sim.hash_executor import expected_tokens, model_of
@@ -142,6 +143,9 @@ def test_a_request_without_another_worker_of_its_model_ends() -> None:
         ((_, finish),) = (await collect(stream)).values()
         assert finish.error is not None
         assert finish.error.code is ErrorCode.UNAVAILABLE
+        assert "the engine was lost under the request" in finish.error.message, (
+            "it waited for the other model"
+        )
         with pytest.raises(RequestRefused, match="no worker of the model 'small' serves now") as refused:
             houses.gateway.submit(of(SMALL, "again"))
         assert refused.value.error.code is ErrorCode.UNAVAILABLE
@@ -195,6 +199,35 @@ def test_workers_fit_to_those_of_their_model_only() -> None:
         registry.register(worker("c", dtype="float32"), NO_CHANNEL, 0.0)
     with pytest.raises(Unfit, match="its model revision is r1, and that of b is r9"):
         registry.register(worker("c", model="other", dtype="float32"), NO_CHANNEL, 0.0)
+
+
+def test_what_waits_for_one_model_keeps_nobody_of_another_away() -> None:
+    registry = Registry(GatewayOptions())
+    registry.register(worker("a"), NO_CHANNEL, 0.0)
+    lost = registry.get("a")
+    assert lost is not None
+    registry.down(lost, "lost", 1.0)
+    registry.register(worker("b", model="other", dtype="float32"), NO_CHANNEL, 2.0, owes=True)
+
+
+def test_only_workers_of_its_model_prefill_for_a_home() -> None:
+    async def body(houses: Houses) -> None:
+        registry = houses.gateway.registry
+        for name, model, role in (
+            ("home", LARGE, Role.DECODE),
+            ("near", LARGE, Role.PREFILL),
+            ("far", SMALL, Role.PREFILL),
+        ):
+            info = msgspec.structs.replace(worker(name, model=model), role=role, data_address="d:1")
+            registry.register(info, NO_CHANNEL, 0.0)
+        home = registry.get("home")
+        assert home is not None
+        possible = houses.gateway._dispatch.possible_prefills(home)
+        assert [member.worker_id for member in possible.members] == ["near"]
+        for member in list(registry):
+            registry.down(member, "over", 0.0)
+
+    in_houses(body)
 
 
 def test_a_worker_of_a_model_that_is_not_served_is_refused() -> None:

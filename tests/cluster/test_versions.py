@@ -56,6 +56,15 @@ def test_a_version_that_comes_moves_no_sessions_among_the_others() -> None:
     assert moved["c", "a"] / (moved["c", "a"] + moved["c", "b"]) == pytest.approx(0.75, abs=0.07)
 
 
+def test_names_draw_apart_from_each_other() -> None:
+    both = [AliasOptions(name=name, versions=(("a", 1.0), ("b", 1.0))) for name in ("x", "y")]
+    drawing = versions(*both)
+    alike = sum(
+        drawing.choose("x", f"s{n}").model == drawing.choose("y", f"s{n}").model for n in range(DRAWS)
+    )
+    assert alike / DRAWS == pytest.approx(0.5, abs=0.03)
+
+
 def test_the_share_of_a_version_without_workers_goes_to_the_others_and_is_told() -> None:
     drawing = versions(gone=(LARGE,))
     for session in ("", "s"):
@@ -170,6 +179,16 @@ def test_a_smaller_model_without_workers_or_no_sooner_is_no_help() -> None:
             assert stream.degraded == ("max_tokens=4",)
 
     in_houses(body, UNDER_PRESSURE)
+
+
+def test_a_smaller_model_that_would_be_later_does_not_serve() -> None:
+    async def body(houses: Houses) -> None:
+        await warm(houses)
+        slower = Choice(SMALL, SMALL, smaller=LARGE)
+        with houses.gateway.submit(of(SMALL, "a", 30), choice=slower) as stream:
+            assert stream.degraded == ("max_tokens=4",)
+
+    in_houses(body, replace(UNDER_PRESSURE, slo=ServiceLevels(ttft_s=1e-4, tpot_s=1e-4)))
 
 
 def test_full_queues_are_pressure_too() -> None:
