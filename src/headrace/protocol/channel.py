@@ -100,13 +100,17 @@ class Channel(Generic[Received]):
         """
         try:
             if self._body_bytes is None:
-                prefix = await self._connection.read_exactly(_PREFIX_BYTES)
+                prefix = self._connection.take(_PREFIX_BYTES)
+                if prefix is None:
+                    prefix = await self._connection.read_exactly(_PREFIX_BYTES)
                 self._body_bytes = int.from_bytes(prefix, "big")
             if self._body_bytes > self._max_frame_bytes:
                 raise self._abandon(
                     f"a frame of {self._body_bytes} bytes, the limit is {self._max_frame_bytes}"
                 )
-            body = await self._connection.read_exactly(self._body_bytes)
+            body = self._connection.take(self._body_bytes)
+            if body is None:
+                body = await self._connection.read_exactly(self._body_bytes)
         except asyncio.IncompleteReadError as error:
             if self._body_bytes is None and not error.partial:
                 return None

@@ -208,8 +208,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """One turn: move due timers to the ready queue, jump the clock if nothing is ready, run what is."""
-        if self._cancelled_timers:
-            self._drop_cancelled_timers()
         ready = self._ready
         if not ready and not self._stopping:
             self._jump()
@@ -238,6 +236,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             heapq.heappop(self._between)[2]._run()
 
     def _jump(self) -> None:
+        if self._cancelled_timers:
+            self._drop_cancelled_timers()
         when = self._scheduled[0][0] if self._scheduled else math.inf
         if when == math.inf:
             raise SimulationStalled(

@@ -130,6 +130,9 @@ class TransportConnection(asyncio.Protocol, Connection):
                 self._read_limit = READ_BUFFER_BYTES
         return self._take(n)
 
+    def take(self, n: int) -> bytes | None:
+        return self._take(n) if len(self._received) >= n else None
+
     async def read_into(self, buffers: Sequence[memoryview]) -> list[int]:
         self._check_bulk()
         if self._reader is not None:
@@ -166,10 +169,13 @@ class TransportConnection(asyncio.Protocol, Connection):
         return RuntimeError(f"two tasks read from the connection with {self.peer} at once")
 
     def _take(self, n: int) -> bytes:
-        with memoryview(self._received) as view:
-            data = bytes(view[:n])
-        del self._received[:n]
-        if len(self._received) < self._read_limit // 2:
+        if n == len(self._received):
+            data, self._received = bytes(self._received), bytearray()
+        else:
+            with memoryview(self._received) as view:
+                data = bytes(view[:n])
+            del self._received[:n]
+        if self._reading_paused and len(self._received) < self._read_limit // 2:
             self._resume_reading()
         return data
 

@@ -74,6 +74,10 @@ class Connection(ABC):
         """
 
     @abstractmethod
+    def take(self, n: int) -> bytes | None:
+        """Return exactly `n` bytes if they are here already, without a turn of a coroutine."""
+
+    @abstractmethod
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Queue bytes for sending and return at once; the caller may reuse `data`'s memory immediately.
 
