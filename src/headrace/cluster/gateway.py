@@ -7,13 +7,13 @@ is asked of it is bounded: what the workers would have to queue beyond their lim
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 
-from headrace.cluster.admission import Admission, check_room
+from headrace.cluster.admission import Admission
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Refusal
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch
+from headrace.cluster.entrance import Entrance
 from headrace.cluster.expectation import Naive, Predictive
 from headrace.cluster.handoff import Handoffs
 from headrace.cluster.journey import Journey, Journeys
@@ -26,8 +26,6 @@ from headrace.cluster.registry import Member, MemberState, Registry
 from headrace.cluster.replay import Replays
 from headrace.cluster.stream import OutputStream
 from headrace.cluster.versions import Choice, Versions
-from headrace.engine.limits import ModelLimits, RequestRefused, check_request
-from headrace.protocol.channel import ProtocolError
 from headrace.protocol.messages import (
     Cancel,
     Drain,
@@ -80,7 +78,17 @@ class Gateway:
         admission = self._options.admission
         naive = admission.policy == "naive"
         foresight = Naive(self.registry) if naive else Predictive(self._dispatch, self.backlog)
-        self._admission = Admission(admission, self._options.slo, foresight)
+        self._entrance = Entrance(
+            world,
+            self.registry,
+            self._readiness,
+            Admission(admission, self._options.slo, foresight),
+            self._ledger,
+            self.journeys,
+            self.backlog,
+            self._observer,
+            self,
+        )
         self._handoffs = Handoffs(self._dispatch, self._ledger, self._observer, self)
         self._replays = Replays(
             world, self._options, self.registry, self._delivery, self.backlog, self._observer, self
@@ -296,58 +304,10 @@ class Gateway:
         workers' queues, UNAVAILABLE without a worker; StepDown where the smaller model of `choice` is to
         serve them. An id in use is a ValueError.
         """
-        requests = self.registry.named(requests)
-        try:
-            stream = self._submit(requests, choice)
-        except RequestRefused as refused:
-            self._observer.refused(requests[0], Refusal.of(refused))
-            raise
-        if stream.degraded:
-            self._observer.degraded(requests[0], stream.degraded)
-        for request in requests:
-            self._observer.accepted(request)
-        return stream
+        return self._entrance.submit(requests, choice)
 
-    def _submit(self, requests: Sequence[GenerateRequest], choice: Choice | None) -> OutputStream:
-        info = self._readiness.check(requests[0].model)
-        limits = ModelLimits(info.max_model_len, info.vocab_size)
-        for request in requests:
-            if self._ledger.get(request.request_id) is not None:
-                raise ValueError(f"request id {request.request_id!r} is in use")
-            check_request(request, limits)
-        admitted = self._admission.admit(requests, choice)
-        live = self.registry.live(admitted.requests[0].model)
-        check_room(live, admitted.requests, self.backlog, self.open_samples)
-        samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
-        stream = OutputStream(samples, self.cancel, admitted.degraded)
-        now = self._world.now()
-        accepted = [self._accept(request, stream, now, choice) for request in admitted.requests]
-        try:
-            for one in accepted:
-                self.backlog.enter(one)
-        except Exception as error:  # what cannot be put into a message: all are taken back
-            for one in accepted:
-                self._take_back(one)
-            if isinstance(error, ProtocolError):
-                raise RequestRefused(
-                    ErrorCode.INVALID, f"too long to be sent to a worker: {error.reason}"
-                ) from None
-            raise
-        return stream
-
-    def _accept(
-        self, request: GenerateRequest, stream: OutputStream, now: float, choice: Choice | None
-    ) -> Accepted:
-        journey = self.journeys.begin(request.request_id, len(request.prompt), now)
-        accepted = self._ledger.enter(request, stream, journey, now)
-        self._world.trace("gateway.submit", request.request_id)
-        if choice is not None and choice.why:
-            journey.note(now, "version drawn", model=choice.instead_of or choice.model, why=choice.why)
-        if stream.degraded:
-            journey.note(now, "degraded", why=", ".join(stream.degraded))
-        return accepted
-
-    def _take_back(self, accepted: Accepted) -> None:
+    def take_back(self, accepted: Accepted) -> None:
+        """What was accepted is not, after all."""
         if accepted.home is not None:
             self.post(accepted.home.member, Cancel(accepted.home.name))
         self._forget(accepted)
