@@ -149,3 +149,9 @@ def test_a_machine_may_lack_nothing(tmp_path: Path) -> None:
 
 def test_this_machine_is_looked_at() -> None:
     assert Machine.this().cores >= 1
+
+
+def test_models_that_are_not_here_are_told_by_their_names(tmp_path: Path) -> None:
+    machine = Machine(cores=4, memory=None, gpus=0, nixl=True)
+    file = read_cluster(None, (f"models={{chat: {{versions: {{a: 1, {tmp_path}: 1}}}}}}",))
+    assert [each.partition(": ")[0] for each in lacks(file, machine)] == ["models.a", f"models.{tmp_path}"]

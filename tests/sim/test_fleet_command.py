@@ -57,7 +57,7 @@ def test_a_cluster_of_data_sheets_and_what_its_figures_rest_on(tmp_path: Path) -
 
 def test_the_file_of_a_cluster_counts_and_the_command_line_goes_first(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text("pools: {both: {replicas: 3}}\nslo: {ttft_ms: 777}\n")
+    file.write_text("pools: {both: {replicas: 3}}\nslo: {ttft_ms: 777}\nmodels: {a: {}, b: {}}\n")
     load = "--requests", "4", "--model", "llama-8b", "--config", str(file)
     assert "within TTFT 777 ms" in fleet(*load)[1]
     kept = tmp_path / "kept.json"
