@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from headrace.api import ServedModel, Server
+from headrace.api.generation import _in_header
 from headrace.api.naming import untalkative
 from headrace.cluster.options import (
     AdmissionOptions,
@@ -222,6 +223,10 @@ def test_a_session_keeps_its_version_and_explain_shows_the_draw(several: Several
         assert drawn["detail"]["why"] == "mixed is big 50%, small 50%: by its session"
     by_user = {complete(several, model="mixed", user="u").json()["model"] for _ in range(6)}
     assert len(by_user) == 1
+
+
+def test_a_name_of_any_characters_fits_into_a_header() -> None:
+    assert _in_header("größe\n") == "gr\\xf6\\xdfe\\n"
 
 
 def test_without_a_session_both_versions_serve(several: SeveralHouse) -> None:

@@ -59,6 +59,7 @@ def test_models_that_are_only_named_are_served_by_their_own_names(tmp_path: Path
             {"models": {"a": {"smaller": "b"}, "b": {"versions": {"c": 1}}}},
             "models.a.smaller: b has versions; name one of them",
         ),
+        ({"models": {" ": {}}}, "models: a name is empty"),
         ({"models": {"a": {"smaller": "a"}}}, "models.a.smaller: a is what serves anyway"),
         (
             {"models": {"a": {"versions": {"b": 1}, "smaller": "b"}}},

@@ -214,8 +214,8 @@ def _session_of(body: SamplingFields, terms: Terms) -> str:
 
 
 def _in_header(text: str) -> str:
-    """A header takes no more than Latin-1, and a model's name may be anything."""
-    return text.encode("ascii", "backslashreplace").decode()
+    """A header is one line of ASCII, and a model's name may be anything."""
+    return text.encode("unicode_escape").decode()
 
 
 class Watcher:

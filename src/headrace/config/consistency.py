@@ -118,6 +118,8 @@ def _models(file: ClusterFile) -> list[str]:
     several = {name for name, one in file.models.items() if one.versions is not None}
     for name, one in file.models.items():
         here = f"models.{name}"
+        if not name.strip():
+            found.append("models: a name is empty; clients could not ask for it")
         if name == file.served_model_name and (one.model or one.versions):
             found.append(f"{here}: served_model_name calls model so; give this one another name")
         found += [
