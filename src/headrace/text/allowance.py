@@ -30,12 +30,7 @@ class Budget:
     """What one rendering may still spend."""
 
     def __init__(self) -> None:
-        self._left = MAX_WORK
-
-    def spend(self, characters: int) -> None:
-        self._left -= STEP_WORK + characters
-        if self._left < 0:
-            raise SecurityError(f"it does more than the work of copying {MAX_WORK} characters")
+        self.left = MAX_WORK
 
 
 _budget: ContextVar[Budget] = ContextVar("template budget")
@@ -52,7 +47,10 @@ def budget() -> Iterator[None]:
 
 
 def pay(characters: int = 0) -> None:
-    _budget.get().spend(characters)
+    budget = _budget.get()
+    budget.left -= STEP_WORK + characters
+    if budget.left < 0:
+        raise SecurityError(f"it does more than the work of copying {MAX_WORK} characters")
 
 
 def size_of(value: Any) -> int:
