@@ -149,6 +149,7 @@ def test_under_pressure_the_smaller_model_serves_and_the_answer_says_so() -> Non
         (journey,) = houses.gateway.journeys.of("r")
         assert journey.entries[0].what == "degraded"
         assert str(journey.entries[0].detail["why"]).startswith(f"model={SMALL}")
+        assert journey.entries[0].detail["instead_of"] == LARGE
         stream.close()
 
     in_houses(body, UNDER_PRESSURE)

@@ -109,5 +109,6 @@ class Entrance:
         if choice is not None and choice.why:
             journey.note(now, "version drawn", model=choice.instead_of or choice.model, why=choice.why)
         if stream.degraded:
-            journey.note(now, "degraded", why=", ".join(stream.degraded))
+            served = {"instead_of": choice.instead_of} if choice is not None and choice.instead_of else {}
+            journey.note(now, "degraded", why=", ".join(stream.degraded), **served)
         return accepted
