@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from headrace.cluster.backlog import Backlog
 from headrace.cluster.classes import Band
 from headrace.cluster.credit import Credit
 from headrace.cluster.delivery import Delivery
+from headrace.cluster.demand import Demand
 from headrace.cluster.dispatch import Dispatch, Placed
 from headrace.cluster.journey import Journeys
 from headrace.cluster.ledger import Accepted, Ledger
@@ -42,6 +44,7 @@ class Waiting:
         assert found is not None
         self.worker = found
         self.worker.is_full = True
+        self.demand: defaultdict[str, Demand] = defaultdict(Demand)
         self.placed_s: list[float] = []
         self.order: list[str] = []
         self.observer = Watched()

@@ -128,7 +128,7 @@ def test_samples_of_one_request_share_its_first_token() -> None:
     judged(body, max_num_seqs=4)
 
 
-def test_errors_are_misses_and_what_clients_leave_is_not_judged() -> None:
+def test_errors_are_misses_and_what_clients_leave_in_time_is_not_judged() -> None:
     async def body(house: House, told: Told) -> None:
         running = house.gateway.submit(request("running", max_tokens=100))
         waiting = house.gateway.submit(request("waiting", max_tokens=100))
@@ -152,6 +152,23 @@ def test_errors_are_misses_and_what_clients_leave_is_not_judged() -> None:
             ("low", "false", "ttft"): 1,
             ("low", "false", "tpot"): 1,
         }
+
+    judged(body)
+
+
+@pytest.mark.parametrize(("left_after_s", "missed"), [(0.4, 0), (0.6, 1)])
+def test_who_leaves_after_the_limit_has_passed_was_not_served_in_time(
+    left_after_s: float, missed: int
+) -> None:
+    async def body(house: House, told: Told) -> None:
+        running = house.gateway.submit(request("running", max_tokens=100))
+        await anext(running)
+        leaves = house.gateway.submit(request("leaves", max_tokens=100, priority=1))
+        await asyncio.sleep(left_after_s)
+        leaves.close()
+        await house.until(lambda: house.gateway.open_samples == 1, "its ending")
+        assert told("slo_requests_total", slo="ttft").get(("low", "false"), 0) == missed
+        running.close()
 
     judged(body)
 

@@ -231,6 +231,16 @@ class WorkerAnswer(_Answer):
     pid: int
 
 
+class QueueAnswer(_Answer):
+    """Requests of a class that wait at the gateway, as all workers have enough to do."""
+
+    band: Literal["high", "normal", "low"] = Field(alias="class")
+    requests: int
+    prompt_tokens: int
+    longest_s: float
+    """How long the first of them has waited."""
+
+
 class AttainmentAnswer(_Answer):
     """Which share of a class got what it may expect, over a window."""
 
@@ -257,6 +267,7 @@ class ServiceLevelsAnswer(_Answer):
 class ClusterAnswer(_Answer):
     state: Literal["starting", "ready", "draining", "dead"]
     open_sequences: int
+    queue: list[QueueAnswer]
     slo: ServiceLevelsAnswer
     workers: list[WorkerAnswer]
 

@@ -18,6 +18,7 @@ from headrace.api.answers import ClusterAnswer, DrainAnswer, JourneysAnswer, err
 from headrace.api.errors import ApiError
 from headrace.api.origins import check_origin
 from headrace.api.served import Server
+from headrace.cluster.backlog import Queue
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
 from headrace.observe.service_levels import Attainment
@@ -38,6 +39,7 @@ def cluster_routes(server: Server) -> APIRouter:
             {
                 "state": gateway.state,
                 "open_sequences": gateway.open_samples,
+                "queue": [_queue(one) for one in gateway.backlog.queues()],
                 "slo": {
                     "ttft_s": server.slo.ttft_s,
                     "tpot_s": server.slo.tpot_s,
@@ -81,6 +83,15 @@ def cluster_routes(server: Server) -> APIRouter:
         return _json({"id": worker_id, "state": member.state, "open_sequences": member.open_samples})
 
     return router
+
+
+def _queue(one: Queue) -> dict[str, Any]:
+    return {
+        "class": one.band,
+        "requests": one.requests,
+        "prompt_tokens": one.tokens,
+        "longest_s": round(one.longest_s, 3),
+    }
 
 
 def _attainment(one: Attainment) -> dict[str, Any]:

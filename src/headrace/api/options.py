@@ -11,6 +11,7 @@ from headrace.cluster.options import (
     DegradeStep,
     GatewayOptions,
     ModelOptions,
+    QueueOptions,
     RoutingOptions,
     ServiceLevels,
     SplitPolicy,
@@ -43,6 +44,7 @@ def gateway_options(file: ClusterFile) -> GatewayOptions:
         slo=ServiceLevels(
             ttft_s=file.slo.ttft_ms / 1e3, tpot_s=file.slo.tpot_ms / 1e3, objective=file.slo.objective
         ),
+        queue=QueueOptions(steps_ahead=qos.worker_steps_ahead, timeout_s=qos.queue_timeout),
         admission=AdmissionOptions(
             policy=qos.policy,
             early_rejection=qos.enable_early_rejection,

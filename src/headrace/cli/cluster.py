@@ -133,7 +133,7 @@ def _show_status(answer: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{answer['state']}, {answer['open_sequences']} sequences open", highlight=False)
-    for line in attainment_lines(answer.get("slo") or {}):
+    for line in [*queue_lines(answer.get("queue") or []), *attainment_lines(answer.get("slo") or {})]:
         console.print(line, highlight=False)
     table = Table(box=None, pad_edge=False)
     several = len({worker.get("model") for worker in answer["workers"]}) > 1
@@ -158,6 +158,16 @@ def _show_status(answer: dict[str, Any]) -> None:
             f"{worker['heard_s_ago']:.1f} s",
         )
     console.print(table)
+
+
+def queue_lines(queues: list[dict[str, Any]]) -> list[str]:
+    """Who waits at the gateway, a class a line."""
+    return [
+        f"  {one['requests']} of {one['class']} priority wait at the gateway, with {one['prompt_tokens']} "
+        f"prompt tokens, the first for {one['longest_s']:.1f} s"
+        for one in queues
+        if one["requests"]
+    ]
 
 
 def attainment_lines(slo: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import contextlib
 import heapq
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.cluster.classes import Band
 from headrace.cluster.delivery import Delivery
@@ -72,6 +72,11 @@ class Backlog:
 
         Raises ProtocolError for one too long to send.
         """
+        request = accepted.request
+        tokens = len(request.prompt) * self._miss_ratio(request.model)
+        self._dispatch.demand[request.model].came(
+            Band.of(request.priority), tokens, request.sampling.n, self._world.now()
+        )
         line = self._lines.get(accepted.request.model)
         needs = Needs(len(accepted.samples))
         if line is None or line.is_first(Band.of(accepted.request.priority)):
@@ -115,6 +120,10 @@ class Backlog:
     def __bool__(self) -> bool:
         return bool(self._lines)
 
+    def requests(self, model: str) -> int:
+        """How many wait for workers of one model."""
+        return len(self._lines.get(model, ()))
+
     def room(self, model: str) -> int:
         """How many more samples the workers of one model have room for, beside all that wait for them."""
         homes = (member for member in self._registry.live(model) if member.info.role.decodes)
@@ -124,8 +133,10 @@ class Backlog:
 
     def ahead(self, request: GenerateRequest) -> Ahead:
         """What a request that came now would wait for here."""
-        line = self._lines.get(request.model)
-        return line.ahead(self._place_of(request, Needs())) if line is not None else Ahead()
+        line, now = self._lines.get(request.model), self._world.now()
+        found = line.ahead(self._place_of(request, Needs())) if line is not None else Ahead()
+        came = self._dispatch.demand[request.model].more_urgent(Band.of(request.priority), now)
+        return replace(found, overtaking_per_s=came.tokens, joining_per_s=came.samples)
 
     def queues(self) -> Iterable[Queue]:
         """Every class, the most urgent first."""

@@ -23,6 +23,10 @@ class Band(enum.StrEnum):
         return cls.NORMAL if priority == 0 else cls.HIGH if priority < 0 else cls.LOW
 
 
+RANKS = {band: rank for rank, band in enumerate(Band)}
+"""0 is the most urgent."""
+
+
 class Slo(enum.StrEnum):
     """What a request may expect a limit for: its first token, and each further one on average."""
 

@@ -11,6 +11,8 @@ In: tables of facts. Out: what fits now. Lengths in tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,23 +22,33 @@ from headrace.cluster.classes import Band
 from headrace.cluster.facts import Fact, Table
 from headrace.cluster.waiting import Needs
 
-ROWS_AHEAD = 8
-"""One sequence may wait at a worker for each so many rows: about those that end within a step or two."""
+SHARE = 1 / 8
+"""Of a worker's rows: so many sequences more may wait there, about those that end within a step or two. And
+so much of its rows and blocks is kept for more urgent classes where such requests come: what these take from
+others that run is computed once more."""
 FURTHER = {Band.LOW: 0, Band.NORMAL: 1, Band.HIGH: 2}
 """Steps that a class may be ahead beyond those that all may; shares of rows alike."""
 
 
-def has_credit(facts: Table, band: Band, steps_ahead: float, promised: float = 0.0) -> NDArray[np.bool_]:
-    """Which workers may be given a request of this class: [workers].
+def has_credit(
+    facts: Table, band: Band, steps_ahead: float, *, reserve: bool = False, promised: float = 0.0
+) -> NDArray[np.bool_]:
+    """Which workers may be given a request of this class: [workers]. `reserve`: more urgent ones come, too.
 
     `promised` tokens are on their way to these, and nobody knows yet to whom.
     """
+    if not math.isfinite(steps_ahead):
+        return np.ones(len(facts), dtype=bool)
     further = FURTHER[band]
     ahead = facts[:, Fact.QUEUED] + facts[:, Fact.UNSEEN] + promised / max(1, len(facts))
     few = ahead < (steps_ahead + further) * facts[:, Fact.BUDGET]
-    rows = facts[:, Fact.ROWS]
-    spare = (1 + further) * np.maximum(1.0, rows // ROWS_AHEAD)
-    found: NDArray[np.bool_] = few & (facts[:, Fact.OPEN_SAMPLES] < rows + spare)
+    share = np.maximum(1.0, np.floor(facts[:, Fact.ROWS] * SHARE))
+    if reserve:
+        few &= facts[:, Fact.HELD_SHARE] < 1 - SHARE
+        share = np.where(facts[:, Fact.ROWS] > 1, -share, 0.0)
+    else:
+        share *= 1 + further
+    found: NDArray[np.bool_] = few & (facts[:, Fact.OPEN_SAMPLES] < facts[:, Fact.ROWS] + share)
     return found
 
 
@@ -57,15 +69,18 @@ class Credit:
         return band in self.prefills or not needs.prefill
 
 
-def credit_of(homes: Table, prefills: Table, steps_ahead: float, promised: float) -> Credit:
-    """`homes` and `prefills` are those that have room at all."""
+def credit_of(
+    homes: Table, prefills: Table, steps_ahead: float, reserved: Collection[Band], promised: float
+) -> Credit:
+    """`homes` and `prefills` are those that have room at all, `reserved` the classes that leave a reserve."""
+
+    def some(facts: Table, band: Band, promised: float) -> bool:
+        reserve = band in reserved
+        return bool(has_credit(facts, band, steps_ahead, reserve=reserve, promised=promised).any())
+
     room = homes[:, Fact.MOST_SAMPLES] - homes[:, Fact.OPEN_SAMPLES]
     return Credit(
         int(room.max()) if len(room) else 0,
-        frozenset(band for band in Band if has_credit(homes, band, steps_ahead).any()),
-        frozenset(
-            band
-            for band in Band
-            if not len(prefills) or has_credit(prefills, band, steps_ahead, promised).any()
-        ),
+        frozenset(band for band in Band if some(homes, band, 0.0)),
+        frozenset(band for band in Band if not len(prefills) or some(prefills, band, promised)),
     )

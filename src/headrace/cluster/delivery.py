@@ -101,8 +101,8 @@ class Delivery:
             self._over(accepted)
             if not accepted.answered and reason is FinishReason.ERROR:
                 self._observer.answered(request, None)
-            elif not accepted.answered:
-                self._observer.gave_up(request, now - accepted.began_s)
+            elif not accepted.answered and sample.cancelled_s is not None:
+                self._observer.gave_up(request, sample.cancelled_s - accepted.began_s)
         after_first = len(sample.tokens) - 1
         tpot_s = (sample.last_s - sample.first_s) / after_first if after_first > 0 else None
         self._observer.ended(

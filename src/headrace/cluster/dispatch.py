@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from headrace.cluster import prediction
-from headrace.cluster.classes import Band
+from headrace.cluster.classes import RANKS, Band
 from headrace.cluster.credit import Credit, credit_of, has_credit
+from headrace.cluster.demand import Demand
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.ledger import Accepted, Ledger, Leg, Stage
 from headrace.cluster.options import GatewayOptions
@@ -85,6 +88,8 @@ class Dispatch:
         self._new_router = functools.partial(Router, options.routing, self._holdings, chance, report)
         self._routers: dict[str, Router] = {}
         self._promised: dict[Accepted, int] = {}
+        self.demand: defaultdict[str, Demand] = defaultdict(Demand)
+        """Of each model: what was accepted lately."""
         self.router_of(registry.first_model)  # refuses a policy that there is not
 
     # ---- what workers tell ---------------------------------------------------------------------------
@@ -126,11 +131,14 @@ class Dispatch:
         """What the workers of a model may be given now."""
         homes = possible_homes(self._registry.live(model), 1)
         prefills = all_prefills(self._registry.live(model), self._options.split)
-        promised = self._promised_tokens(model)
-        return credit_of(homes.facts, prefills.facts, self._options.queue.steps_ahead, promised)
+        reserved = [band for band in Band if self.demand[model].more_urgent(band, self._world.now()).samples]
+        steps, promised = self._options.queue.steps_ahead, self._promised_tokens(model)
+        return credit_of(homes.facts, prefills.facts, steps, reserved, promised)
 
-    def _has_credit(self, possible: Possible, band: Band, promised: float = 0.0) -> bool:
-        return bool(has_credit(possible.facts, band, self._options.queue.steps_ahead, promised).any())
+    def _has_credit(self, possible: Possible, request: GenerateRequest, promised: float = 0.0) -> bool:
+        band, steps = Band.of(request.priority), self._options.queue.steps_ahead
+        reserve = self.demand[request.model].more_urgent(band, self._world.now()).samples > 0
+        return bool(has_credit(possible.facts, band, steps, reserve=reserve, promised=promised).any())
 
     def _promised_tokens(self, model: str) -> float:
         """Of prompts whose homes reserve blocks: other workers will compute them, and nobody knows which."""
@@ -147,9 +155,9 @@ class Dispatch:
         Among all that have room: one with credit is enough for the turn to be this request's, and where it
         goes then is the router's affair.
         """
-        samples, band = accepted.samples, Band.of(accepted.request.priority)
+        samples = accepted.samples
         possible = possible_homes(self._registry.live(accepted.request.model), len(samples))
-        if not possible or not self._has_credit(possible, band):
+        if not possible or not self._has_credit(possible, accepted.request):
             return Placed.NO
         request, progress = accepted.request, accepted.progress
         generated = max(progress.generated.values(), key=len, default=[])
@@ -161,7 +169,7 @@ class Dispatch:
         split = elsewhere is not None
         if elsewhere is not None:
             promised = self._promised_tokens(request.model)
-            if not self._has_credit(elsewhere[0], band, promised):
+            if not self._has_credit(elsewhere[0], request, promised):
                 return Placed.AWAITS_PREFILL
         accepted.journey.decisions.append(decision)
         accepted.attempts += 1
@@ -191,7 +199,8 @@ class Dispatch:
     def foresee(self, request: GenerateRequest, ahead: Ahead = NOBODY) -> tuple[float, float] | None:
         """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it.
 
-        Before it goes what is `ahead` of it, shared out among all workers that could take it.
+        Before it goes what is `ahead` of it, shared out among all workers that could take it. Beside it
+        decode all that are open, though some will have ended by then: others like it come in their place.
         """
         samples, now = request.sampling.n, self._world.now()
         possible = possible_homes(self._registry.live(request.model), samples)
@@ -202,14 +211,22 @@ class Dispatch:
         router = self.router_of(request.model)
         among = router.candidates(possible, wish, prompt, now)
         soonest = int(among.ttft_s.argmin())
-        ttft_s, tpot_s = float(among.ttft_s[soonest]), float(among.tpot_s[soonest])
+        ttft_s = float(among.ttft_s[soonest])
+        urgent = sum(
+            count
+            for (model, band), count in self._ledger.open_by_class.items()
+            if model == request.model and RANKS[band] < RANKS[Band.of(request.priority)]
+        )
+        joined = prediction.joined(possible.facts, ahead.joining_per_s, urgent)
+        tpot_s = float(prediction.tpot_s(joined, wish.prompt_tokens, np.zeros(len(joined))).min())
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
         computing, tokens = possible, ahead.tokens
         elsewhere = self._elsewhere(request, prompt, home, uncached)
         if elsewhere is not None:
             computing, ttft_s = elsewhere
             tokens += self._promised_tokens(request.model)
-        return ttft_s + prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples), tpot_s
+        ttft_s += prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples)
+        return ttft_s * prediction.stretch(computing.facts, ahead.overtaking_per_s), tpot_s
 
     def _elsewhere(
         self, request: GenerateRequest, prompt: Prompt, home: Member, uncached: float
@@ -248,6 +265,7 @@ class Dispatch:
         leg = self._ledger.open_leg(accepted, name, member)
         member.exports += 1
         member.expect(leg.name, uncached)
+        member.prefills(uncached)
         self._holdings.sent(member, accepted.prompt, self._world.now())
         return leg
 

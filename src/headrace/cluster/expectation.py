@@ -51,8 +51,9 @@ class Naive(Foresight):
     """Requests that wait for a prefill times what one takes on average, and those that decode times what that
     takes, as if they came one after another. Numbers are those that workers told last."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, backlog: Backlog) -> None:
         self._registry = registry
+        self._backlog = backlog
 
     def expect(self, request: GenerateRequest) -> Expectation | None:
         live = [member for member in self._registry.live(request.model) if member.stats is not None]
@@ -60,7 +61,8 @@ class Naive(Foresight):
             return None
         prefill = [m for m in live if not m.info.role.decodes] or live
         decode = [m for m in live if m.info.role.decodes]
-        ttft_s = _mean([_waiting(m) * m.prefill_s for m in prefill])
+        waiting = self._backlog.requests(request.model) / len(prefill)
+        ttft_s = _mean([(_waiting(m) + waiting) * m.prefill_s for m in prefill])
         ttft_s += _mean([_waiting(m) * m.decode_s / m.info.engine.max_num_seqs for m in decode])
         tpot_s = _mean([m.stats.step_s for m in decode if m.stats is not None])
         return Expectation(ttft_s, tpot_s)

@@ -77,7 +77,7 @@ class Gateway:
         )
         admission = self._options.admission
         naive = admission.policy == "naive"
-        foresight = Naive(self.registry) if naive else Predictive(self._dispatch, self.backlog)
+        foresight = Naive(self.registry, self.backlog) if naive else Predictive(self._dispatch, self.backlog)
         self._entrance = Entrance(
             world,
             self.registry,
@@ -325,7 +325,8 @@ class Gateway:
         which = [i for i in accepted.samples if index is None or i == index]
         for each in which:
             sample = accepted.samples[each]
-            sample.cancelled = True
+            if not sample.cancelled:
+                sample.cancelled, sample.cancelled_s = True, self._world.now()
             if sample.counts_as is not FinishReason.STOP:  # complete is complete
                 sample.counts_as = counts_as
         if accepted.home is None:

@@ -6,9 +6,11 @@ The ledger is what survives a worker: a request goes on elsewhere from the token
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from headrace.cluster.classes import Band
 from headrace.cluster.holdings import Prompt
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
@@ -44,6 +46,8 @@ class Sample:
     """What its ending is, should it end by being cancelled."""
     cancelled: bool = False
     """Whether nobody wants more of it; its worker may not have said so yet."""
+    cancelled_s: float | None = None
+    """Since when."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +104,8 @@ class Ledger:
     def __init__(self) -> None:
         self.open_samples = 0
         """Samples that have not ended."""
+        self.open_by_class: Counter[tuple[str, Band]] = Counter()
+        """The same by model and class."""
         self._accepted: dict[str, Accepted] = {}
         self._legs: dict[str, Accepted] = {}  # by the name of a home or prefill leg
 
@@ -117,19 +123,24 @@ class Ledger:
         samples = {index: Sample() for index in range(request.sampling.n)}
         accepted = Accepted(request, stream, now, journey, samples)
         self._accepted[request.request_id] = accepted
-        self.open_samples += len(samples)
+        self._count(accepted, len(samples))
         return accepted
 
     def end(self, accepted: Accepted, index: int) -> None:
         """One sample has ended; the request stays until it is struck off."""
         del accepted.samples[index]
         accepted.ended.append(index)
-        self.open_samples -= 1
+        self._count(accepted, -1)
 
     def strike_off(self, accepted: Accepted) -> None:
         """Nothing is owed any more."""
-        self.open_samples -= len(accepted.samples)
+        self._count(accepted, -len(accepted.samples))
         del self._accepted[accepted.request.request_id]
+
+    def _count(self, accepted: Accepted, change: int) -> None:
+        request = accepted.request
+        self.open_samples += change
+        self.open_by_class[request.model, Band.of(request.priority)] += change
 
     def of_leg(self, name: str) -> Accepted | None:
         """The request that a worker speaks of, if it is still that worker's."""

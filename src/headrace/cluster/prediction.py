@@ -41,11 +41,15 @@ def ttft_s(facts: Table, tokens: Column) -> Column:
 
 def tpot_s(facts: Table, context_tokens: float, after_s: Column) -> Column:
     """A step's time once a request decodes there after `after_s`: some that run now will have ended by then,
-    and those that wait now will run."""
-    running = facts[:, Fact.RUNNING]
-    staying = running * np.exp(-after_s / np.maximum(facts[:, Fact.DECODE_S], 1e-3))
-    coming = np.maximum(facts[:, Fact.OPEN_SAMPLES] - running, 0.0)
-    others = np.minimum(facts[:, Fact.ROWS] - 1, staying + coming)
+    and of those that wait now some will run.
+
+    Sequences last DECODE_S on average, exponentially, and those that come do so evenly until then.
+    """
+    running, rows = facts[:, Fact.RUNNING], facts[:, Fact.ROWS]
+    lives = np.maximum(after_s / np.maximum(facts[:, Fact.DECODE_S], 1e-3), 1e-9)
+    staying = running * np.exp(-lives)
+    coming = np.maximum(facts[:, Fact.OPEN_SAMPLES] - running, 0.0) * -np.expm1(-lives) / lives
+    others = np.minimum(rows - 1, staying + coming)
     each = np.where(running > 0, facts[:, Fact.HELD] / np.maximum(running, 1.0), context_tokens)
     return step_s(facts, others + 1 + facts[:, Fact.PREFILLED], others * each + context_tokens)
 
@@ -71,3 +75,26 @@ def queue_s(homes: Table, computing: Table, tokens: float, samples: float) -> fl
     free = float(np.maximum(rows - homes[:, Fact.OPEN_SAMPLES], 0.0).sum())
     ends_per_s = float((rows / np.maximum(homes[:, Fact.DECODE_S], 1e-3)).sum())
     return max(computing_s, (samples - free) / max(ends_per_s, 1e-9))
+
+
+MOST_STRETCH = 20.0
+"""What is overtaken by as much as there is time for waits for the end of it, whenever that is."""
+
+
+def stretch(computing: Table, overtaking_per_s: float) -> float:
+    """How many times as long a wait is when so many tokens a second go before it that are not there yet: they
+    leave these workers the rest of their time (Cobham, "Priority assignment in waiting line problems", 1954).
+    """
+    per_s = max(float(prefill_tokens_per_s(computing).sum()), 1e-9) if overtaking_per_s else 1.0
+    return 1.0 / max(1.0 - overtaking_per_s / per_s, 1.0 / MOST_STRETCH)
+
+
+def joined(homes: Table, per_s: float, there: int) -> Table:
+    """These workers once there are as many of the more urgent requests as will be at a time, if so many come
+    in a second; so many are there now."""
+    if not per_s:
+        return homes
+    found = homes.copy()
+    missing = max(0.0, per_s * float(homes[:, Fact.DECODE_S].mean()) - there) / len(homes)
+    found[:, Fact.OPEN_SAMPLES] += missing
+    return found

@@ -121,6 +121,11 @@ class Member:
         self.decode_s = _averaged(self.decode_s, times.decode_s)
         self.pace.ended(times)
 
+    def prefills(self, tokens: int) -> None:
+        """It is to compute so many tokens of a prompt for another worker; nobody will say what they took."""
+        fitted_s = self.facts[Fact.BASE_S] + self.facts[Fact.PER_TOKEN_S] * tokens
+        self.prefill_s = _averaged(self.prefill_s, float(fitted_s))
+
     def expect(self, leg_name: str, tokens: int) -> None:
         """An attempt with so many prompt tokens to compute is on its way there."""
         self._unseen[leg_name] = tokens

@@ -26,10 +26,9 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from headrace.cluster.classes import Band
+from headrace.cluster.classes import RANKS, Band
 
 T = TypeVar("T", bound=Hashable)
-_RANKS = {band: rank for rank, band in enumerate(Band)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,10 @@ class Ahead:
 
     tokens: float = 0.0
     samples: float = 0.0
+    overtaking_per_s: float = 0.0
+    """Tokens of more urgent newcomers, every second that it waits."""
+    joining_per_s: float = 0.0
+    """Samples of these, every second that it decodes."""
 
 
 NOBODY = Ahead()
@@ -157,7 +160,7 @@ class Waiting(Generic[T]):
 
     def before(self, band: Band) -> int:
         """How many wait of this band and the more urgent ones."""
-        return sum(len(one.entries) for name, one in self._bands.items() if _RANKS[name] <= _RANKS[band])
+        return sum(len(one.entries) for name, one in self._bands.items() if RANKS[name] <= RANKS[band])
 
     @property
     def samples(self) -> int:
@@ -234,7 +237,7 @@ class Waiting(Generic[T]):
         """
         tokens, samples = 0.0, 0.0
         for name, band in self._bands.items():
-            if _RANKS[name] < _RANKS[place.band]:
+            if RANKS[name] < RANKS[place.band]:
                 tokens, samples = tokens + band.tokens, samples + band.samples
         band = self._bands[place.band]
         tokens, samples = tokens + band.again.tokens, samples + band.again.samples

@@ -271,6 +271,11 @@ class Qos(Section):
     degrade: list[DegradeStep] = []
     """What is taken from a normal or low-priority request before it is refused, step by step while it would
     wait too long."""
+    worker_steps_ahead: Annotated[float, _unit("steps", gt=0)] = 2.0
+    """A request waits at the gateway while the prompt tokens that wait at each worker fill so many of its
+    steps; a normal one may be a step further ahead, one of high priority two."""
+    queue_timeout: Annotated[float, _unit("s", gt=0)] = 300.0
+    """How long a request waits for its first worker before it is ended with 429."""
 
 
 class Model(Section):

@@ -258,6 +258,11 @@ _SENTENCES: dict[str, Says] = {
     ),
     "qos.low_priority_threshold_ms": _low_priority,
     "qos.reject_on_slo_violation": _rejects,
+    "qos.worker_steps_ahead": lambda v, f: (
+        f"requests wait at the gateway, by class and fair between tenants, while each worker has prompts for "
+        f"{v:g} steps"
+    ),
+    "qos.queue_timeout": lambda v, f: f"a request that no worker was free for within {v:g} s gets 429",
     "qos.degrade": lambda v, f: (
         "; ".join(
             f"{step.lower} down to {step.to or 'the smaller one'} above {step.above:.0%} of what is allowed"

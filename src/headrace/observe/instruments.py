@@ -123,4 +123,23 @@ class Histogram:
         return family
 
 
-Instrument = Counter | CounterBy | Gauge | GaugeBy | Info | Histogram
+class HistogramBy:
+    """A histogram for each value of one label, all of which are known beforehand."""
+
+    __slots__ = ("each", "label", "name", "text")
+
+    def __init__(
+        self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
+    ) -> None:
+        self.name, self.text, self.label = name, text, label
+        self.each = {value: Histogram(name, text, buckets) for value in values}
+
+    def family(self, labels: Labels) -> Metric:
+        family = HistogramMetricFamily(self.name, self.text, labels=[*labels, self.label])
+        for value, histogram in self.each.items():
+            histogram.name = self.name
+            family.samples += histogram.family({**labels, self.label: value}).samples
+        return family
+
+
+Instrument = Counter | CounterBy | Gauge | GaugeBy | Info | Histogram | HistogramBy

@@ -20,7 +20,16 @@ from headrace.cluster import Ending, GatewayObserver
 from headrace.cluster.classes import Band, Refusal, Slo
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.registry import MemberState
-from headrace.observe.instruments import Counter, CounterBy, Gauge, GaugeBy, Histogram, Info, Instrument
+from headrace.observe.instruments import (
+    Counter,
+    CounterBy,
+    Gauge,
+    GaugeBy,
+    Histogram,
+    HistogramBy,
+    Info,
+    Instrument,
+)
 from headrace.observe.service_levels import WINDOWS, Attainment, ServiceRecord
 from headrace.protocol.handoff import Cause
 from headrace.protocol.messages import EngineInfo, ImportSettled, Role, StepStats, WorkerInfo
@@ -109,6 +118,18 @@ class Metrics(GatewayObserver, Collector):
         )
         smaller = {one.smaller for one in options.models} | {one.smaller for one in options.aliases}
         taken = (step for step in options.admission.degrade if step.lower != "model" or model in smaller)
+        self._gateway_queue = add(
+            GaugeBy("gateway_queue_requests", "Requests that wait at the gateway, by class.", {"class": Band})
+        )
+        self._gateway_wait = add(
+            HistogramBy(
+                "gateway_queue_seconds",
+                "How long requests waited at the gateway that a worker got then, by class.",
+                _REQUEST_S,
+                "class",
+                Band,
+            )
+        )
         ladder = dict.fromkeys(step.in_words(model) for step in taken)
         self._degraded = add(
             CounterBy(
@@ -302,6 +323,15 @@ class Metrics(GatewayObserver, Collector):
         block_size = max((info.block_size for info in infos), default=1)  # the same in a whole cluster
         self._efficiency.value = held_tokens / (held * block_size) if held else 1.0
 
+    def queued(self, request: GenerateRequest) -> None:
+        self._gateway_queue.values[Band.of(request.priority),] += 1
+
+    def unqueued(self, request: GenerateRequest, waited_s: float | None) -> None:
+        band = Band.of(request.priority)
+        self._gateway_queue.values[band,] -= 1
+        if waited_s is not None:
+            self._gateway_wait.each[band].observe(waited_s)
+
     def accepted(self, request: GenerateRequest) -> None:
         self._request_prompt.observe(len(request.prompt))
         self._params_n.observe(request.sampling.n)
@@ -316,6 +346,12 @@ class Metrics(GatewayObserver, Collector):
 
     def answered(self, request: GenerateRequest, ttft_s: float | None) -> None:
         self._judge(Band.of(request.priority), Slo.TTFT, ttft_s)
+
+    def gave_up(self, request: GenerateRequest, after_s: float) -> None:
+        """Who waited for as long as it may expect to, and got nothing, did not get what it may expect."""
+        band = Band.of(request.priority)
+        if after_s > self._record.limits_s[band, Slo.TTFT]:
+            self._judge(band, Slo.TTFT, None)
 
     def _judge(self, band: Band, slo: Slo, took_s: float | None) -> None:
         met = self._record.judge(band, slo, took_s)

@@ -69,6 +69,7 @@ class Arrival:
     output_length: int
     seed: int = 0
     priority: int = 0
+    tenant: str = ""
     session: str = ""
     """Requests of one session come from one user; empty where nobody says so."""
 
@@ -82,7 +83,13 @@ class Arrival:
         for piece in self.pieces:
             prompt += piece.tokens(vocab_size) if isinstance(piece, Answer) else piece.tokens()
         sampling = SamplingParams(max_tokens=self.output_length, seed=self.seed, ignore_eos=True)
-        return GenerateRequest(request_id=self.name, prompt=prompt, sampling=sampling, priority=self.priority)
+        return GenerateRequest(
+            request_id=self.name,
+            prompt=prompt,
+            sampling=sampling,
+            priority=self.priority,
+            tenant=self.tenant,
+        )
 
 
 def read_arrivals(path: Path, max_length: int) -> list[Arrival]:

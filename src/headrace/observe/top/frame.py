@@ -64,6 +64,8 @@ class Frame:
     open: int
     running: int
     waiting: int
+    queued: Mapping[str, int]
+    """Requests that wait at the gateway, by class."""
     requests_per_s: float | None
     """Sequences that ended; None where there is one reading only, as in all rates."""
     tokens_per_s: float | None
@@ -144,6 +146,7 @@ def _frame(now: Reading, base: Reading | None, recent: Reading | None) -> Frame:
         open=int(now.cluster.get("open_sequences", 0)),
         running=int(now.total("num_requests_running")),
         waiting=int(now.total("num_requests_waiting")),
+        queued={one["class"]: one["requests"] for one in now.cluster.get("queue", []) if one["requests"]},
         requests_per_s=rate("request_success"),
         tokens_per_s=rate("generation_tokens"),
         prompt_tokens_per_s=rate("prompt_tokens"),

@@ -65,6 +65,9 @@ def _lines(frame: Frame) -> Group:
         rows.add_column(width=width, no_wrap=width is not None)
     open_, running, waiting = _queues(frame)
     rows.add_row(_name("Requests"), f"{_rate(frame.requests_per_s)}/s ended", open_, running, waiting)
+    if frame.queued:
+        by_class = [f"{name} {count}" for name, count in frame.queued.items()]
+        rows.add_row(_name("Gateway"), Text(f"{sum(frame.queued.values())} queued", _FAIR), *by_class)
     tokens = f"{_rate(frame.tokens_per_s)}/s out", f"{_rate(frame.prompt_tokens_per_s)}/s in"
     rows.add_row(_name("Tokens"), *tokens, "", f"hit rate {_percent(frame.hit_rate)}")
     for name, latency in _timed(frame):
@@ -83,6 +86,7 @@ def _requests(frame: Frame) -> Group:
     open_, running, waiting = _queues(frame)
     rows.add_row(_label("ended"), f"{_rate(frame.requests_per_s)}/s", open_)
     rows.add_row(_label("queues"), running, waiting)
+    rows.add_row(_label("gateway"), _tally(frame.queued, _FAIR, "queued"), "")
     tokens = f"{_rate(frame.tokens_per_s)}/s out", f"{_rate(frame.prompt_tokens_per_s)}/s in"
     rows.add_row(_label("tokens"), *tokens)
     rows.add_row(_label("prefix"), f"hit rate {_percent(frame.hit_rate)}", "")
