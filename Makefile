@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find native -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: help demo serve test test-sim test-faults lint format check-clients bench bench-transfer soak clean
+.PHONY: help demo serve test test-sim test-faults lint format check-clients bench bench-transfer bench-gateway soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench: $(VENV)/.dev ## tokens per second at batch sizes 1, 8 and 32, and the sha
 
 bench-transfer: $(VENV)/.dev ## what a handoff costs: pulling KV blocks against a bare socket copy, and the pause after the first token (over a link of 10 Gbit/s: Linux, root)
 	@$(BIN)/python benchmarks/kv_transfer.py && $(BIN)/python benchmarks/handoff_pause.py --link 10000
+
+bench-gateway: $(VENV)/.dev ## what the gateway takes of a core for each request and token, with modelled workers
+	@$(BIN)/python benchmarks/gateway_cost.py
 
 soak: $(VENV)/.dev ## 10,000 requests at the highest rate the server holds, some cut off, some malformed
 	@$(BIN)/python benchmarks/soak.py

@@ -12,11 +12,13 @@ With SIGUSR1 it prints how many seconds of CPU tokenising has taken so far, in w
 from __future__ import annotations
 
 import argparse
+import asyncio
 import functools
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -50,10 +52,10 @@ class Tokenising:
         encode = Tokenizer.encode
 
         @functools.wraps(encode)
-        def timed(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        def timed(*args: Any, **kwargs: Any) -> list[int]:
             began_s = time.thread_time()
             try:
-                return encode(tokenizer, text, add_special_tokens)
+                return encode(*args, **kwargs)
             finally:
                 self.cpu_s += time.thread_time() - began_s
 
@@ -78,8 +80,6 @@ def gateway(directory: Path, workers: int) -> None:
 
 def engine(address: str, parent: str) -> None:
     """An engine process, as `headrace.worker.main` runs one."""
-    import asyncio
-
     die_with_parent(int(parent))
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineOptions)
     built, info = _build(options)
