@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -129,6 +130,24 @@ def test_a_request_that_lost_its_worker_goes_on_at_one_of_its_model() -> None:
         await houses.kill(journey.entries[0].worker)
         assert await answer == houses.expected(asked, SMALL)
         assert [entry.what for entry in journey.entries].count("placed") == 2
+
+    in_houses(body)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whoever_dies_no_text_changes_its_model(seed: int) -> None:
+    async def body(houses: Houses) -> None:
+        await houses.start(*(f"{model}-{number}" for model in (LARGE, SMALL) for number in range(3)))
+        chance = random.Random(seed)
+        asked = [of(chance.choice([LARGE, SMALL]), f"r{number}", 100) for number in range(40)]
+        answers = [asyncio.create_task(houses.tokens(one)) for one in asked]
+        for model in chance.sample([LARGE, SMALL], 2):
+            await asyncio.sleep(chance.uniform(0.0, 0.5))
+            await houses.kill(f"{model}-{chance.randrange(3)}")
+        for one, answer in zip(asked, answers, strict=True):
+            assert await answer == houses.expected(one, one.model), one.model
+        moved = [entry for one in asked for entry in houses.gateway.journeys.of(one.request_id)[0].entries]
+        assert "replayed" in {entry.what for entry in moved}
 
     in_houses(body)
 

@@ -56,6 +56,16 @@ def test_a_version_that_comes_moves_no_sessions_among_the_others() -> None:
     assert moved["c", "a"] / (moved["c", "a"] + moved["c", "b"]) == pytest.approx(0.75, abs=0.07)
 
 
+def test_another_weight_moves_sessions_only_to_who_has_gained() -> None:
+    def drawn(weight: float) -> list[str]:
+        alias = AliasOptions(name="chat", versions=(("a", weight), ("b", 1.0), ("c", 2.0)))
+        return [versions(alias).choose("chat", f"s{number}").model for number in range(2000)]
+
+    moved = Counter(pair for pair in zip(drawn(1.0), drawn(3.0), strict=True) if pair[0] != pair[1])
+    assert set(moved) == {("b", "a"), ("c", "a")}
+    assert sum(moved.values()) / 2000 == pytest.approx(1 / 2 - 1 / 4, abs=0.04)
+
+
 def test_names_draw_apart_from_each_other() -> None:
     both = [AliasOptions(name=name, versions=(("a", 1.0), ("b", 1.0))) for name in ("x", "y")]
     drawing = versions(*both)
