@@ -32,6 +32,15 @@ def test_equal_ids_of_a_mooncake_trace_are_equal_blocks(tmp_path: Path) -> None:
     assert one.sampling.ignore_eos
 
 
+def test_requests_of_one_time_are_spread_until_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = '{{"timestamp": {}, "input_length": 10, "output_length": 5, "hash_ids": [1]}}\n'
+    path.write_text("".join(line.format(ms) for ms in (3000, 3000, 3000, 6000, 12_000, 12_000)))
+    assert [a.at_s for a in read_arrivals(path, 8192)] == pytest.approx([0, 1, 2, 3, 9, 12])
+    path.write_text(2 * line.format(3000))
+    assert [a.at_s for a in read_arrivals(path, 8192)] == [0, 0]
+
+
 def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(AZURE)

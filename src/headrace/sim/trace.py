@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,9 +105,8 @@ def read_arrivals(path: Path, max_length: int) -> list[Arrival]:
 def of_trace(trace: Iterable[TraceRequest], max_length: int) -> list[Arrival]:
     """As `read_arrivals`, of a trace that was read."""
     arrivals: list[Arrival] = []
-    first_s: float | None = None
-    for number, request in enumerate(trace):
-        first_s = request.at_s if first_s is None else first_s
+    requests = list(trace)
+    for number, (request, at_s) in enumerate(zip(requests, _spread(requests), strict=True)):
         output = max(1, request.output_length)
         if request.input_length + output > max_length:
             continue
@@ -117,8 +117,25 @@ def of_trace(trace: Iterable[TraceRequest], max_length: int) -> list[Arrival]:
                 left -= TRACE_BLOCK_TOKENS
         else:
             pieces = [Piece(_FIRST_PRIVATE + number, request.input_length)]
-        arrivals.append(Arrival(f"r{number}", request.at_s - first_s, tuple(pieces), output, seed=number))
+        arrivals.append(Arrival(f"r{number}", at_s, tuple(pieces), output, seed=number))
     return arrivals
+
+
+def _spread(requests: Sequence[TraceRequest]) -> Iterator[float]:
+    """When each request is due, from 0 s on; those of one time are spread evenly until the next one.
+
+    Clocks of traces are coarse: Mooncake's tells three seconds apart. Requests that really came together by
+    the dozen would wait for each other as no real ones do.
+    """
+    times = sorted({request.at_s for request in requests})
+    ends = [*times[1:], 2 * times[-1] - times[-2] if len(times) > 1 else times[0]] if times else []
+    lengths = {begin: end - begin for begin, end in zip(times, ends, strict=True)}
+    alike = Counter(request.at_s for request in requests)
+    before: Counter[float] = Counter()
+    for request in requests:
+        at_s = request.at_s
+        yield at_s - times[0] + lengths[at_s] * before[at_s] / alike[at_s]
+        before[at_s] += 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
