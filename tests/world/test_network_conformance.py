@@ -196,6 +196,20 @@ async def test_a_stream_that_ends_early_says_what_there_was(stage) -> None:
 
 
 @in_every_place
+async def test_what_is_here_can_be_taken_at_once_and_nothing_else(stage) -> None:
+    client, server, end = await connected(stage)
+    assert server.take(1) is None
+    client.write(b"abcdefg")
+    assert await server.read_exactly(2) == b"ab"
+    assert server.take(3) == b"cde"
+    assert server.take(3) is None, "and takes no part of it"
+    assert server.take(2) == b"fg"
+    client.write(b"h")
+    assert await server.read_exactly(1) == b"h"
+    await end()
+
+
+@in_every_place
 async def test_close_delivers_what_was_written_and_then_ends(stage) -> None:
     client, server, end = await connected(stage)
     data = random.Random(7).randbytes(4 * MIB)
