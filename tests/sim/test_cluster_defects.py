@@ -240,14 +240,14 @@ CASES = [
     Case(replay_without_the_sampled_token, 1),
     Case(forget_the_salt, 0),
     Case(decode_before_the_confirmation, 1),
-    Case(free_under_a_read_and_confirm, 8),
+    Case(free_under_a_read_and_confirm, 22),
     Case(free_a_dropped_import_under_its_pull, 2, connector="auto"),
-    Case(skip_the_quarantine, 2),
+    Case(skip_the_quarantine, 1),
     Case(skip_the_checksums, 2),
     Case(skip_the_checksums_of_reads, 1, (Kind.CORRUPT,), "auto"),
     Case(end_a_pull_under_its_read, 14, connector="auto"),
     Case(stop_without_draining, 0, (Kind.DRAIN,)),
-    Case(leave_the_orphans_of_a_gateway, 6),
+    Case(leave_the_orphans_of_a_gateway, 1),
 ]
 
 

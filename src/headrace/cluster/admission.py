@@ -27,6 +27,11 @@ from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest
 
 
+TPOT_SHARE = 0.9
+"""Of the objective: up to so much of it workers are filled. All that decode together have one TPOT, so filled
+to the limit itself they would all miss it every other time, those of high priority too."""
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """What is accepted instead of what was asked for."""
@@ -43,6 +48,7 @@ class Admission:
         self._options = options
         self._slo = slo
         self._foresight = foresight
+        self._tpot_s = TPOT_SHARE * slo.tpot_s
 
     def admit(self, requests: Sequence[GenerateRequest], choice: Choice | None = None) -> Admitted:
         """Raises WouldWait with the estimate and when to try again; StepDown where the smaller model of their
@@ -85,7 +91,7 @@ class Admission:
 
     def _pressure(self, expected: Expectation, band: Band) -> float:
         ttft = expected.ttft_s / self._limit_s(band)
-        return ttft if band is Band.LOW else max(ttft, expected.tpot_s / self._slo.tpot_s)
+        return ttft if band is Band.LOW else max(ttft, expected.tpot_s / self._tpot_s)
 
     def _refuses(self, expected: Expectation, band: Band) -> bool:
         if not self._options.early_rejection:
@@ -98,7 +104,7 @@ class Admission:
         limit_s = self._limit_s(band)
         late = expected.ttft_s > limit_s
         name = "first token" if late else "each further token"
-        found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._slo.tpot_s)
+        found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
         retry_after_s = max(1, math.ceil(expected.ttft_s - limit_s)) if late else 1
         return WouldWait(
             Slo.TTFT if late else Slo.TPOT,
