@@ -26,7 +26,6 @@ from headrace.cluster.versions import Choice, StepDown
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest
 
-
 TPOT_SHARE = 0.9
 """Of the objective: up to so much of it workers are filled. All that decode together have one TPOT, so filled
 to the limit itself they would all miss it every other time, those of high priority too."""
