@@ -22,9 +22,9 @@ def table(*members: Member) -> Table:
     return table_of([one.facts for one in members])
 
 
-def credited(facts: Table, *, reserve: bool = False, promised: float = 0.0, steps: float = 2.0) -> str:
+def credited(facts: Table, *, reserve: bool = False, steps: float = 2.0) -> str:
     """The first letters of the classes that may come."""
-    bands = [b for b in Band if has_credit(facts, b, steps, reserve=reserve, promised=promised).any()]
+    bands = [b for b in Band if has_credit(facts, b, steps, reserve=reserve).any()]
     return "".join(band[0] for band in bands)
 
 
@@ -56,22 +56,16 @@ def test_a_share_is_kept_where_more_urgent_requests_come() -> None:
     )  # a single row cannot be shared
 
 
-def test_prompts_that_are_promised_to_nobody_yet_are_shared_out() -> None:
-    two = table(member("a"), member("b"))
-    assert credited(two, promised=399) == "hnl"
-    assert credited(two, promised=400) == "hn"
-
-
 def test_what_fits_is_a_question_of_room_home_and_prefill() -> None:
     homes = table(member("d", Role.DECODE, open_samples=3))
     busy, idle = member("p", Role.PREFILL, queued=1000), member("q", Role.PREFILL)
-    found = credit_of(homes, table(busy), 2.0, [Band.LOW], 0.0)
+    found = credit_of(homes, table(busy), 2.0, [Band.LOW])
     assert found.fits(Band.LOW, Needs(105))
     assert not found.fits(Band.LOW, Needs(106))  # 108 in all
     assert not found.fits(Band.HIGH, Needs(1, prefill=True))
-    assert credit_of(homes, table(busy, idle), 2.0, [], 0.0).fits(Band.HIGH, Needs(1, prefill=True))
-    assert credit_of(homes, table(), 2.0, [], 0.0).fits(Band.HIGH, Needs(1, prefill=True))  # at home then
-    assert not credit_of(table(), table(), 2.0, [], 0.0).fits(Band.HIGH, Needs())
+    assert credit_of(homes, table(busy, idle), 2.0, []).fits(Band.HIGH, Needs(1, prefill=True))
+    assert credit_of(homes, table(), 2.0, []).fits(Band.HIGH, Needs(1, prefill=True))  # at home then
+    assert not credit_of(table(), table(), 2.0, []).fits(Band.HIGH, Needs())
 
 
 def test_demand_is_a_rate_of_the_more_urgent_and_fades() -> None:

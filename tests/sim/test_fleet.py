@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 
 import pytest
 
+from headrace.cluster.facts import Fact
 from headrace.cluster.options import SplitPolicy
 from headrace.protocol.messages import Role
 from headrace.sim.cost import StepCost, device, model, rates_of
-from headrace.sim.fleet import PLANNED, FleetOptions, simulate
+from headrace.sim.fleet import PLANNED, Fleet, FleetOptions, simulate
 from headrace.sim.fleet_result import FleetResult, Served, WorkerUse
 from headrace.sim.ideal_cache import IdealCache
 from headrace.sim.trace import Arrival, Piece, Sessions
@@ -46,6 +48,24 @@ def test_prompts_are_offloaded_and_their_blocks_travel(result: FleetResult) -> N
     assert sent >= len(offloaded) * max(1, least // 512) * block
     assert sent % block == 0
     assert result.offloaded == len(offloaded) / len(LOAD)
+
+
+def test_a_prompt_counts_at_its_prefill_worker_while_its_home_has_yet_to_reserve() -> None:
+    seen: list[float] = []
+
+    async def prepare(fleet: Fleet) -> None:
+        def unseen() -> float:
+            members = fleet.gateway.registry.live()
+            return sum(one.facts[Fact.UNSEEN] for one in members if one.info.role is Role.PREFILL)
+
+        stream = fleet.gateway.submit(Arrival("r", 0.0, (Piece(1, 3_000),), 4).request(32_000))
+        seen.append(unseen())  # before anybody heard of it
+        stream.close()
+        await asyncio.sleep(1.0)
+        seen.append(unseen())
+
+    simulate(LOAD[:1], FLEET, prepare=prepare)
+    assert seen == [3_000, 0]
 
 
 def test_a_home_that_holds_more_of_a_prompt_than_prefill_workers_computes_it() -> None:

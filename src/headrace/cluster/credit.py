@@ -30,17 +30,15 @@ FURTHER = {Band.LOW: 0, Band.NORMAL: 1, Band.HIGH: 2}
 """Steps that a class may be ahead beyond those that all may; shares of rows alike."""
 
 
-def has_credit(
-    facts: Table, band: Band, steps_ahead: float, *, reserve: bool = False, promised: float = 0.0
-) -> NDArray[np.bool_]:
-    """Which workers may be given a request of this class: [workers]. `reserve`: more urgent ones come, too.
+def has_credit(facts: Table, band: Band, steps_ahead: float, *, reserve: bool = False) -> NDArray[np.bool_]:
+    """Which workers may be given a request of this class: [workers].
 
-    `promised` tokens are on their way to these, and nobody knows yet to whom.
+    With `reserve`, room is left for more urgent ones, which come too.
     """
     if not math.isfinite(steps_ahead):
         return np.ones(len(facts), dtype=bool)
     further = FURTHER[band]
-    ahead = facts[:, Fact.QUEUED] + facts[:, Fact.UNSEEN] + promised / max(1, len(facts))
+    ahead = facts[:, Fact.QUEUED] + facts[:, Fact.UNSEEN]
     few = ahead < (steps_ahead + further) * facts[:, Fact.BUDGET]
     share = np.maximum(1.0, np.floor(facts[:, Fact.ROWS] * SHARE))
     if reserve:
@@ -69,18 +67,16 @@ class Credit:
         return band in self.prefills or not needs.prefill
 
 
-def credit_of(
-    homes: Table, prefills: Table, steps_ahead: float, reserved: Collection[Band], promised: float
-) -> Credit:
+def credit_of(homes: Table, prefills: Table, steps_ahead: float, reserved: Collection[Band]) -> Credit:
     """`homes` and `prefills` are those that have room at all, `reserved` the classes that leave a reserve."""
 
-    def some(facts: Table, band: Band, promised: float) -> bool:
+    def some(facts: Table, band: Band) -> bool:
         reserve = band in reserved
-        return bool(has_credit(facts, band, steps_ahead, reserve=reserve, promised=promised).any())
+        return bool(has_credit(facts, band, steps_ahead, reserve=reserve).any())
 
     room = homes[:, Fact.MOST_SAMPLES] - homes[:, Fact.OPEN_SAMPLES]
     return Credit(
         int(room.max()) if len(room) else 0,
-        frozenset(band for band in Band if some(homes, band, 0.0)),
-        frozenset(band for band in Band if not len(prefills) or some(prefills, band, promised)),
+        frozenset(band for band in Band if some(homes, band)),
+        frozenset(band for band in Band if not len(prefills) or some(prefills, band)),
     )

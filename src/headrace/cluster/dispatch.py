@@ -87,7 +87,6 @@ class Dispatch:
         chance = world.random.stream("routing")
         self._new_router = functools.partial(Router, options.routing, self._holdings, chance, report)
         self._routers: dict[str, Router] = {}
-        self._promised: dict[Accepted, int] = {}
         self.demand: defaultdict[str, Demand] = defaultdict(Demand)
         """Of each model: what was accepted lately."""
         self.router_of(registry.first_model)  # refuses a policy that there is not
@@ -132,22 +131,12 @@ class Dispatch:
         homes = possible_homes(self._registry.live(model), 1)
         prefills = all_prefills(self._registry.live(model), self._options.split)
         reserved = [band for band in Band if self.demand[model].more_urgent(band, self._world.now()).samples]
-        steps, promised = self._options.queue.steps_ahead, self._promised_tokens(model)
-        return credit_of(homes.facts, prefills.facts, steps, reserved, promised)
+        return credit_of(homes.facts, prefills.facts, self._options.queue.steps_ahead, reserved)
 
-    def _has_credit(self, possible: Possible, request: GenerateRequest, promised: float = 0.0) -> bool:
+    def _has_credit(self, possible: Possible, request: GenerateRequest) -> bool:
         band, steps = Band.of(request.priority), self._options.queue.steps_ahead
         reserve = self.demand[request.model].more_urgent(band, self._world.now()).samples > 0
-        return bool(has_credit(possible.facts, band, steps, reserve=reserve, promised=promised).any())
-
-    def _promised_tokens(self, model: str) -> float:
-        """Of prompts whose homes reserve blocks: other workers will compute them, and nobody knows which."""
-        self._promised = {
-            one: tokens
-            for one, tokens in self._promised.items()
-            if one.stage is Stage.RESERVING and one.home is not None
-        }
-        return sum(tokens for one, tokens in self._promised.items() if one.request.model == model)
+        return bool(has_credit(possible.facts, band, steps, reserve=reserve).any())
 
     def place(self, accepted: Accepted) -> Placed:
         """Give a request to a worker. Raises ProtocolError for one too long to send.
@@ -166,20 +155,19 @@ class Dispatch:
         # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
         begins = 0 in samples and not samples[0].tokens
         elsewhere = self._elsewhere(request, accepted.prompt, home, uncached) if begins else None
-        split = elsewhere is not None
-        if elsewhere is not None:
-            promised = self._promised_tokens(request.model)
-            if not self._has_credit(elsewhere[0], request, promised):
-                return Placed.AWAITS_PREFILL
+        if elsewhere is not None and not self._has_credit(elsewhere[0], request):
+            return Placed.AWAITS_PREFILL
         accepted.journey.decisions.append(decision)
         accepted.attempts += 1
         name = f"{self._epoch}/{request.request_id}/{accepted.attempts}"
-        accepted.stage = Stage.RESERVING if split else Stage.AT_HOME
+        split = elsewhere is not None
         accepted.home = self._ledger.open_leg(accepted, name, home)
         home.open_samples += len(samples)
-        if split:
-            self._promised[accepted] = uncached
+        if elsewhere is not None:  # told only once the home has room; whoever is placed meanwhile knows of it
+            accepted.stage = Stage.RESERVING
+            self._plan_prefill(accepted, accepted.home, elsewhere[0])
         else:
+            accepted.stage = Stage.AT_HOME
             home.expect(name, uncached)
         self._holdings.sent(home, accepted.prompt, self._world.now())
         self._desk.post(
@@ -224,7 +212,6 @@ class Dispatch:
         elsewhere = self._elsewhere(request, prompt, home, uncached)
         if elsewhere is not None:
             computing, ttft_s = elsewhere
-            tokens += self._promised_tokens(request.model)
         ttft_s += prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples)
         return ttft_s * prediction.stretch(computing.facts, ahead.overtaking_per_s), tpot_s
 
@@ -258,16 +245,24 @@ class Dispatch:
         possible = self.possible_prefills(home.member)
         if not possible or accepted.prompt is None:
             return None
-        decision, member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
-        accepted.journey.decisions.append(decision)
-        name = f"{home.name}/p"
-        self._desk.post(member, Submit(_as_sent(accepted.request, name), leg=LegKind.EXPORT))
-        leg = self._ledger.open_leg(accepted, name, member)
+        member = home.prefills_at
+        if member is None or member not in possible.members:
+            member = self._plan_prefill(accepted, home, possible)
+        self._desk.post(member, Submit(_as_sent(accepted.request, home.prefill_name), leg=LegKind.EXPORT))
+        leg = self._ledger.open_leg(accepted, home.prefill_name, member)
         member.exports += 1
-        member.expect(leg.name, uncached)
-        member.prefills(uncached)
         self._holdings.sent(member, accepted.prompt, self._world.now())
         return leg
+
+    def _plan_prefill(self, accepted: Accepted, home: Leg, possible: Possible) -> Member:
+        """Choose who will compute a prompt for its home."""
+        if accepted.prompt is None:
+            raise RuntimeError("a request without a prompt is to be prefilled")
+        decision, member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
+        accepted.journey.decisions.append(decision)
+        home.plan_prefill(member, uncached)
+        member.prefills(uncached)
+        return member
 
     def _choose(
         self, accepted: Accepted, prompt: Prompt, possible: Possible, purpose: str

@@ -69,8 +69,10 @@ class Handoffs:
                     self._note(accepted, "reserved", cached_tokens=cached)
                     self._start_prefill(accepted)
             case ImportDeclined(request_id=name, cached_tokens=cached):
-                if (accepted := self._home_of(name)) is not None:
+                accepted = self._home_of(name)
+                if accepted is not None and accepted.home is not None:
                     accepted.stage = Stage.AT_HOME
+                    accepted.home.drop_plan()
                     self._note(accepted, "prefilled at home, which has most of it", cached_tokens=cached)
             case ExportOffered(request_id=name, ticket=ticket):
                 accepted = self._ledger.of_leg(name)
@@ -103,6 +105,7 @@ class Handoffs:
         except ProtocolError as error:
             why = f"no prefill worker can be told: {error.reason}"
         if accepted.prefill is None:
+            home.drop_plan()
             self._note(accepted, why)
             self._begin(accepted, [])
             return

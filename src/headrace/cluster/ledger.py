@@ -57,6 +57,25 @@ class Leg:
     name: str
     """Its request id on the worker's channel."""
     member: Member
+    prefills_at: Member | None = None
+    """Of a home: who computes the prompt for it, or is about to be told to."""
+
+    @property
+    def prefill_name(self) -> str:
+        """Of a home: what the leg is called that computes the prompt for it."""
+        return f"{self.name}/p"
+
+    def plan_prefill(self, member: Member, tokens: int) -> None:
+        """Another worker has so many tokens of the prompt to compute, and will be told."""
+        self.drop_plan()
+        self.prefills_at = member
+        member.expect(self.prefill_name, tokens)
+
+    def drop_plan(self) -> None:
+        """Nobody will be told to compute the prompt, who was not told before."""
+        if self.prefills_at is not None:
+            self.prefills_at.has_seen(self.prefill_name)
+            self.prefills_at = None
 
 
 @dataclass(slots=True, eq=False)
@@ -155,4 +174,5 @@ class Ledger:
         """Nothing that the worker may still say of this attempt counts."""
         leg.member.legs.discard(leg.name)
         leg.member.has_seen(leg.name)
+        leg.drop_plan()
         del self._legs[leg.name]
