@@ -234,6 +234,7 @@ class Load:
             or (replayed and "workers were lost under the request" in error.message)
             or (replayed and "no other worker was free within" in error.message)
             or (alone and "the engine was lost under the request" in error.message)
+            or (alone and "the engine was lost before the request's turn" in error.message)
         ):
             raise Violation(f"{request.request_id} ended with what nothing excuses: {error.message}")
 
