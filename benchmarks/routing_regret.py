@@ -182,6 +182,7 @@ def main() -> int:
         cache_tokens=CACHE_TOKENS,
         max_model_len=MAX_MODEL_LEN,
         nic_bytes_per_s=worker.nic_bytes_per_s,
+        stride=1,
         gateway=replace(PLANNED, routing=replace(PLANNED.routing, policy=asked.policy)),
     )
     arrivals = at_rate(read_arrivals(asked.trace, MAX_MODEL_LEN), asked.rate)
