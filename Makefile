@@ -36,8 +36,9 @@ demo: $(VENV)/.native ## install, fetch a small model, serve it, talk to it, sto
 serve: $(VENV)/.native ## serve MODEL (default smollm2-135m) on http://127.0.0.1:8000
 	@$(BIN)/headrace serve $(MODEL)
 
+# Two at a time (pytest-xdist): most tests use one core. A file's tests share servers, so they stay together.
 test: $(VENV)/.dev ## the test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-sim: $(VENV)/.dev ## the property and simulation tests with 20 times the examples
 	@HEADRACE_EXAMPLES=20 $(BIN)/python -m pytest --timeout 3600 tests/engine tests/sim tests/world
