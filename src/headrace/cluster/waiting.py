@@ -129,6 +129,8 @@ class _Band(Generic[T]):
     """Tags of these, with the turn in which they got them; one with another tag than its line's is old."""
     owed: dict[str, float] = field(default_factory=dict)
     """Tags of tenants that have nothing waiting, where they are above `now`."""
+    most_owed: int = 64
+    """With more of them, look which still are."""
     needs: Counter[Needs] = field(default_factory=Counter)
     now: float = 0.0
     """The tag that was served last: virtual time."""
@@ -299,5 +301,6 @@ class Waiting(Generic[T]):
                     band.owed[place.tenant] = line.tag
         if not band.entries:  # a busy time is over: nobody owes anybody
             self._bands[place.band] = _Band()
-        elif len(band.owed) > 2 * len(band.lines) + 64:
+        elif len(band.owed) > band.most_owed:
             band.owed = {tenant: tag for tenant, tag in band.owed.items() if tag > band.now}
+            band.most_owed = 2 * len(band.owed) + 64
