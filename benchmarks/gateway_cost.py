@@ -10,9 +10,9 @@ explained, metrics, the answer's head, its first and its last chunk. Of a token:
 message for each step, the ledger, metrics, detokenising, the event and its write to the client's socket.
 Tokenising is apart: it is the tokenizers library's, measured in the same process, and subtracted.
 
-Requests come at random, at a rate that keeps some 32 sequences at each worker: answers of 128 tokens all
-the time, and among them, in some workloads, answers of 8. Prompts are of a few or of 1,000 tokens, a quarter
-of which are a system prompt that all share. Over the workloads of one round,
+Requests come at random, at a rate that keeps some 20 to 30 sequences at each worker: answers of 128 tokens
+all the time, and among them, in some workloads, answers of 8. Prompts are of a few or of 1,000 tokens, a
+quarter of which are a system prompt that all share. Over the workloads of one round,
 
     CPU - tokenising  =  requests with few tokens · a  +  requests with 1,000 · b  +  tokens · c
 
@@ -74,8 +74,8 @@ class Kind:
 WORKLOADS = (
     (Kind(50, False, 128),),
     (Kind(50, True, 128),),
-    (Kind(45, False, 128), Kind(80, False, 8)),
-    (Kind(45, False, 128), Kind(80, True, 8)),
+    (Kind(25, False, 128), Kind(150, False, 8)),
+    (Kind(25, False, 128), Kind(120, True, 8)),
 )
 """What is asked at the same time, for WORKLOAD_S seconds each."""
 WORKLOAD_S = 4.0
