@@ -4,7 +4,8 @@ Everything but the hardware is real: gateway, routing, schedulers, prefix caches
 on modelled workers (docs/simulation.md). The ideal has one cache of the size of all caches together, which
 every worker reads at no cost, so where a request goes matters for queues only: no routing can do better.
 
-A request counts towards goodput when its first token comes within --ttft seconds and its further ones within
+All of them refuse what they foresee to miss its objectives (`qos.early_rejection`), or above capacity queues would grow
+and hardly anybody be served in time, whatever the policy. A request counts towards goodput when its first token comes within --ttft seconds and its further ones within
 --tpot on average. Requests of the first --warm share of the trace fill the caches and do not count.
 
 Prints a table, and writes the curve over rates as an SVG where --plot says so.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +25,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headrace.cluster.options import AdmissionOptions, ServiceLevels
 from headrace.sim.fleet import PLANNED, FleetOptions, simulate
 from headrace.sim.fleet_setup import choose_worker
 from headrace.sim.trace import at_rate, read_arrivals
 
 IDEAL = "ideal"
 POLICIES = ("cost", "latency", "prefix", "session", "least_loaded", "power_of_two", "round_robin", "random")
+SIMPLER = ("prefix", "session", "least_loaded", "power_of_two", "round_robin", "random")
 CACHE_TOKENS = 1_000_000
 MAX_MODEL_LEN = 131_072
 WANTED = 0.9
@@ -42,7 +46,12 @@ def run(job: tuple[str, float, argparse.Namespace]) -> Run:
     name, rate, asked = job
     worker = choose_worker(asked.hardware, asked.model, asked.devices, CACHE_TOKENS)
     policy = "cost" if name == IDEAL else name
-    gateway = replace(PLANNED, routing=replace(PLANNED.routing, policy=policy))
+    gateway = replace(
+        PLANNED,
+        routing=replace(PLANNED.routing, policy=policy),
+        admission=AdmissionOptions(early_rejection=True, reject_on_slo_violation=True),
+        slo=ServiceLevels(ttft_s=asked.ttft, tpot_s=asked.tpot),
+    )
     options = FleetOptions(
         cost=worker.cost,
         prefill=asked.prefill,
@@ -64,7 +73,7 @@ def run(job: tuple[str, float, argparse.Namespace]) -> Run:
         "attainment": counted.attainment(asked.ttft, asked.tpot),
         "hit_rate": counted.hit_rate,
         "ttft_s": ttft_s,
-        "mean_ttft_s": sum(one.ttft_s for one in counted.requests) / len(counted.requests),
+        "mean_ttft_s": statistics.fmean(one.ttft_s for one in counted.requests if one.complete),
         "cpu_s": whole.cpu_s,
     }
 
@@ -146,17 +155,29 @@ def main() -> int:
         plot(asked.plot, runs, rates, policies)
     if asked.json is not None:
         asked.json.write_text(json.dumps(runs, indent=1))
-    if IDEAL not in policies or "cost" not in policies:
-        return 0
-    ratios = [
-        next(o["goodput"] for o in runs if (o["policy"], o["rate"]) == ("cost", rate))
-        / max(1e-9, next(o["goodput"] for o in runs if (o["policy"], o["rate"]) == (IDEAL, rate)))
-        for rate in rates
-    ]
-    met = min(ratios) >= WANTED
-    found = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    console.print(f"cost / ideal: {found}; wanted {WANTED}: {'met' if met else 'MISSED'}")
-    return 0 if met else 1
+    return 0 if judged(runs, policies, console) else 1
+
+
+def judged(runs: list[Run], policies: list[str], console: Console) -> bool:
+    """Whether `cost` comes near the ideal at every rate, and is better than simpler policies over all rates."""
+    curves = {
+        policy: [one["goodput"] for one in runs if one["policy"] == policy]
+        for policy in policies  # in order of rates
+    }
+    if "cost" not in curves:
+        return True
+    met = True
+    if IDEAL in curves:
+        ratios = [ours / max(1e-9, best) for ours, best in zip(curves["cost"], curves[IDEAL], strict=True)]
+        met = min(ratios) >= WANTED
+        found = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        console.print(f"cost / ideal: {found}; wanted {WANTED}: {'met' if met else 'MISSED'}")
+    for policy in SIMPLER:
+        if policy in curves:
+            more = sum(curves["cost"]) / sum(curves[policy])
+            met &= more > 1.0
+            console.print(f"cost / {policy}, over all rates: {more:.2f}: {'met' if more > 1.0 else 'MISSED'}")
+    return met
 
 
 if __name__ == "__main__":
