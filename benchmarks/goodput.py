@@ -4,9 +4,10 @@ Everything but the hardware is real: gateway, routing, schedulers, prefix caches
 on modelled workers (docs/simulation.md). The ideal has one cache of the size of all caches together, which
 every worker reads at no cost, so where a request goes matters for queues only: no routing can do better.
 
-All of them refuse what they foresee to miss its objectives (`qos.early_rejection`), or above capacity queues would grow
-and hardly anybody be served in time, whatever the policy. A request counts towards goodput when its first token comes within --ttft seconds and its further ones within
---tpot on average. Requests of the first --warm share of the trace fill the caches and do not count.
+All of them refuse what they foresee to miss its objectives (`qos.early_rejection`): above capacity
+queues would grow and hardly anybody be served in time, whatever the policy. A request counts
+towards goodput when its first token comes within --ttft seconds and its further ones within --tpot
+on average. Requests of the first --warm share of the trace fill the caches and do not count.
 
 Prints a table, and writes the curve over rates as an SVG where --plot says so.
 """
@@ -159,7 +160,7 @@ def main() -> int:
 
 
 def judged(runs: list[Run], policies: list[str], console: Console) -> bool:
-    """Whether `cost` comes near the ideal at every rate, and is better than simpler policies over all rates."""
+    """Whether `cost` comes near the ideal at every rate, and serves more than simpler policies over all."""
     curves = {
         policy: [one["goodput"] for one in runs if one["policy"] == policy]
         for policy in policies  # in order of rates
