@@ -36,7 +36,7 @@ WANTED_OFFLOADED = (0.6, 0.8)
 WANTED_PEAK = 1.3
 
 CONVERSATIONS = Sessions(
-    system_prompts=8, system_length=4000, turns=6, turn_length=600, output_length=250, gap_s=20.0
+    system_prompts=8, system_length=4000, turns=6, turn_length=1000, output_length=200, gap_s=20.0
 )
 
 
