@@ -43,9 +43,9 @@ class House:
             holdings.snapshot(one, KVSnapshot(1, chain[:blocks]))
         self.router = Router(RoutingOptions(**options), holdings, random.Random(1), self.said.append)
 
-    def choose(self, session: str = "") -> Decision:
+    def choose(self, session: str = "", purpose: str = "decode") -> Decision:
         chosen, decision = self.router.choose(
-            every(self.members), wish(session), Prompt(PROMPT, ""), purpose="decode", now=1.0
+            every(self.members), wish(session), Prompt(PROMPT, ""), purpose=purpose, now=1.0
         )
         assert chosen.worker_id == decision.worker
         return decision
@@ -124,6 +124,16 @@ def test_round_robin_takes_turns_also_when_somebody_leaves() -> None:
     assert [house.choose().worker for _ in range(7)] == ["w0", "w1", "w2", "w3", "w4", "w5", "w0"]
     house.members = house.members[2:]
     assert [house.choose().worker for _ in range(2)] == ["w2", "w3"]
+
+
+def test_round_robin_takes_turns_for_each_purpose() -> None:
+    """Those that prefill have other names than those that decode, and their turns come in between."""
+    homes, prefills = (
+        House(*(member(f"{role}{i}") for i in range(3)), policy="round_robin") for role in ("d", "p")
+    )
+    prefills.router = homes.router
+    pairs = [(homes.choose().worker, prefills.choose(purpose="prefill").worker) for _ in range(4)]
+    assert pairs == [("d0", "p0"), ("d1", "p1"), ("d2", "p2"), ("d0", "p0")]
 
 
 def test_least_loaded_takes_the_least_loaded_and_among_equals_the_first_by_name() -> None:

@@ -23,6 +23,8 @@ from headrace.cluster.routing.policies import policy_of
 from headrace.cluster.routing.policy import Terms
 from headrace.world import Chance
 
+PURPOSES = ("decode", "prefill")
+
 
 class Router:
     """For one gateway."""
@@ -36,7 +38,8 @@ class Router:
     ) -> None:
         """Raises ValueError for a policy that there is not. `report` gets lines for people."""
         self._name = options.policy
-        self._policy = policy_of(options, chance)
+        self._policies = {purpose: policy_of(options, chance) for purpose in PURPOSES}
+        """One each: what takes turns takes them among those that decode, and among those that prefill."""
         self._holdings = holdings
         self._report = report
         self._has_failed = False
@@ -48,12 +51,12 @@ class Router:
     def choose(
         self, possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
     ) -> tuple[Member, Decision]:
-        """One of at least one member, for this purpose; `now` on the gateway's clock."""
+        """One of at least one member, for one of the `PURPOSES`; `now` on the gateway's clock."""
         members = possible.members
         among = self.candidates(possible, wish, prompt, now)
         rule = f"lowest score of policy {self._name}"
         try:
-            terms = self._policy.terms(among)
+            terms = self._policies[purpose].terms(among)
             scores = _scores(terms, len(members))
         except Exception as error:  # a policy of the user's own may do anything; the request must go on
             rule = f"policy {self._name} failed with {type(error).__name__}: {error}; the least loaded"
