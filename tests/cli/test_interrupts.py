@@ -25,7 +25,7 @@ main()
 DELAYS_S = (0.0, 0.05, 0.2, 0.6)
 COMMANDS = {
     "demo": ("{model}",),
-    "bench": ("{model}", "--num-requests", "2"),
+    "bench": ("--engine", "{model}", "--num-requests", "2"),
     "simulate": ("--seeds", "0:100000", "--jobs", "2"),
     "status": ("--url", "{silent}"),
     "models": ("show", "{model}"),

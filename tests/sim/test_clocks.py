@@ -114,10 +114,10 @@ def test_a_lease_lasts_as_long_as_it_says_by_the_clock_of_its_source(rate: float
                 Pool(memoryview(bytearray(64)), 32, 4, "layout"),
                 worker_id="p",
                 generation=1,
+                address="p:1",
                 released=lambda name, how: ended.set_result(loop.now),
                 lease_s=3.0,
             )
-            await exports.listen("p:1")
             exports.offer(Exporting("r", 8, []))
             exports.computed(Computed("r", 8, [BlockSpan(0, 0, [0, 1])]))
             exports.held("r")

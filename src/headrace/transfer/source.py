@@ -53,7 +53,7 @@ _TOKEN_BYTES = 16
 
 
 class Exports:
-    """All exports of one life of an engine, from `listen` or `served_at` to `close`."""
+    """All exports of one life of an engine, from its beginning to `close`."""
 
     def __init__(
         self,
