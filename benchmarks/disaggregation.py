@@ -170,10 +170,11 @@ def sweep(asked: argparse.Namespace) -> list[Good]:
     found: list[Good] = []
     for where, roles in (("together", TOGETHER), ("apart", APART)):
         with server(roles, asked.chunk) as cluster:
-            for rate in asked.rates:
+            for number, rate in enumerate(asked.rates):
+                seed = 10 * number  # prompts of their own, or caches would have those of the rates before
                 parts = [
-                    Part(SHORT, ANSWER, rate=rate * (1 - asked.long_share), seed=3),
-                    Part(asked.long, ANSWER, rate=rate * asked.long_share, seed=4),
+                    Part(SHORT, ANSWER, rate=rate * (1 - asked.long_share), seed=seed + 3),
+                    Part(asked.long, ANSWER, rate=rate * asked.long_share, seed=seed + 4),
                 ]
                 measured = asyncio.run(measure([(cluster.url, part) for part in parts], asked.seconds))
                 records = [one for each in measured for one in each]

@@ -37,7 +37,7 @@ from rich.table import Table
 from headrace.protocol.handoff import BlockSpan, Computed, Exporting, Reserved, Ticket
 from headrace.transfer import Connector, Exports, Pool, fetch
 from headrace.world import MemoryAgent, real_world
-from headrace.world.nixl import settings
+from headrace.world.nixl import LOOPBACK, settings
 from headrace.world.nixl_process import BUSY_S
 from headrace.world.shared_memory import SharedMemory
 
@@ -93,7 +93,7 @@ class BareNixl:
     def __init__(self, memory: SharedMemory) -> None:
         import nixl_cu12 as nixl
 
-        environment, errors = settings("127.0.0.1:0")
+        environment, errors = settings("127.0.0.1:0", LOOPBACK)
         before = dict(os.environ)
         os.environ.update(environment)
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
