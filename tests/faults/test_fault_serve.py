@@ -149,9 +149,13 @@ def test_streams_hold_while_decode_workers_are_killed(smollm2_dir: Path) -> None
                 while victims & load.open:  # a request survives one death, not two
                     await asyncio.sleep(0.05)
 
-        await beside(load.run(REQUESTS), kill())
-        assert load.done == REQUESTS
-        assert len(kills) >= 2, kills
+        async def serve() -> None:
+            await load.run(REQUESTS)
+            while len(kills) < 2:  # a quick machine is done before
+                await load.run(AT_ONCE)
+
+        await beside(serve(), kill())
+        assert load.done >= REQUESTS
         await server.wait_up()
         metrics = await asyncio.to_thread(server.metrics)
         assert metrics["request_replays_total"] > 0
