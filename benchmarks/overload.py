@@ -43,7 +43,7 @@ WARM = 1 / 3
 STEP = 1.12
 """Between two rates at which goodput is measured."""
 WINDOW_S = 2.0
-HIGH_MET, HIGH_SHARE, THROWN, CALM, UNSTEADY, APART = 0.95, 1 / 3, 0.02, 0.01, 8.0, 3.0
+HIGH_MET, HIGH_SHARE, THROWN, CALM, UNSTEADY, APART = 0.95, 1 / 3, 0.02, 0.01, 5.0, 3.0
 """Bounds: attainment of high priority, its TTFT against that of low, prompts computed in vain, refusals at
 0.7 times the capacity, unsteadiness of refusals, and how many times as unsteady the naive rule is."""
 

@@ -208,11 +208,11 @@ class Dispatch:
         joined = prediction.joined(possible.facts, ahead.joining_per_s, urgent)
         tpot_s = float(prediction.tpot_s(joined, wish.prompt_tokens, np.zeros(len(joined))).min())
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
-        computing, tokens = possible, ahead.tokens
+        computing = possible
         elsewhere = self._elsewhere(request, prompt, home, uncached)
         if elsewhere is not None:
             computing, ttft_s = elsewhere
-        ttft_s += prediction.queue_s(possible.facts, computing.facts, tokens, ahead.samples)
+        ttft_s += prediction.queue_s(possible.facts, computing.facts, ahead.tokens, ahead.samples)
         return ttft_s * prediction.stretch(computing.facts, ahead.overtaking_per_s), tpot_s
 
     def _elsewhere(
