@@ -12,7 +12,8 @@ Tokenising is apart: it is the tokenizers library's, measured in the same proces
 
 Requests come at random, at a rate that keeps some 20 to 30 sequences at each worker: answers of 128 tokens
 all the time, and among them, in some workloads, answers of 8. Prompts are of a few or of 1,000 tokens, a
-quarter of which are a system prompt that all share. Over the workloads of one round,
+quarter of which are a system prompt that all share; in the last workload they are more than the workers can
+compute, so most wait at the gateway for their turn. Over the workloads of one round,
 
     CPU - tokenising  =  requests with few tokens · a  +  requests with 1,000 · b  +  tokens · c
 

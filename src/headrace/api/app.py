@@ -1,7 +1,8 @@
 """The application: all routes with one form of error, and the doors that a request passes on its way to them.
 
 From the outside in: origins (CORS), the body's limits, the key, idempotency, the short way to routes
-that generate. Each is plain ASGI and leaves the messages of a running stream alone.
+that generate. Each is plain ASGI and leaves the messages of a running stream alone. FastAPI and its layers
+lie behind them all, so that a stream's events pass none of those.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from headrace import __version__
 from headrace.api.access import KeyRequired
@@ -31,7 +33,7 @@ OTHER_VALUES = 65_536
 """In a body, beside its longest list or text."""
 
 
-def create_app(server: Server) -> FastAPI:
+def create_app(server: Server) -> ASGIApp:
     """Put routes and doors together, as the server's options ask."""
     options = server.options
     app = FastAPI(
@@ -50,17 +52,14 @@ def create_app(server: Server) -> FastAPI:
     others = [routes(server) for routes in (lifecycle_routes, model_routes, tokenize_routes, cluster_routes)]
     for router in (*generating, *others):
         app.include_router(router)
-    app.add_middleware(Direct, routers=generating)
-    app.add_middleware(Idempotency)
+    app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]
+    doors: ASGIApp = Idempotency(Direct(app, generating))
     if options.keys:
-        app.add_middleware(KeyRequired, keys=KeyRing(options.keys, time.monotonic))
-    app.add_middleware(
-        BodyLimit,
+        doors = KeyRequired(doors, KeyRing(options.keys, time.monotonic))
+    doors = BodyLimit(
+        doors,
         max_bytes=options.max_body_bytes,
         # The longest texts may consist of them, the longest lists of ids do.
         max_values=max(options.max_prompt_characters, MAX_DETOKENIZED) + OTHER_VALUES,
     )
-    if options.cors_origins:
-        app.add_middleware(NamedOrigins, origins=options.cors_origins)
-    app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]
-    return app
+    return NamedOrigins(doors, options.cors_origins) if options.cors_origins else doors

@@ -15,6 +15,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, get_type_hints
 
+import msgspec
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from headrace.api.errors import ANSWERED, ApiError, answered, unread, validation_error
+from headrace.api.errors import ANSWERED, ApiError, answered, failure, unread, validation_error
 
 _JSON = "application/json"
 
@@ -50,6 +51,9 @@ class Direct:
             response = await route.answer(Request(scope, receive))
         except ANSWERED as error:
             response = answered(error).response()
+        except Exception:
+            await failure().response()(scope, receive, send)
+            raise  # for the server's log
         await response(scope, receive, send)
 
 
@@ -79,6 +83,10 @@ class _Route:
 
 
 def _read(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # the slower reader takes what this one does not, NaN and UTF-16 for example, and knows why not
     try:
         return json.loads(body)
     except json.JSONDecodeError as error:

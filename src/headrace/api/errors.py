@@ -159,7 +159,12 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         # Starlette has the traceback logged by the server; the client learns no more than this.
-        return ApiError(500, "the server failed on this request; its log has the details").response()
+        return failure().response()
+
+
+def failure() -> ApiError:
+    """The answer where the server itself is at fault."""
+    return ApiError(500, "the server failed on this request; its log has the details")
 
 
 def unread(why: BaseException, body: bytes) -> str:

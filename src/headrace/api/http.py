@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 ACCEPT_BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer:
     """Answers on one socket from `start` to `stop`."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",

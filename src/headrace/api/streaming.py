@@ -22,7 +22,11 @@ DONE = b"data: [DONE]\n\n"
 CLIENT_LEFT = 499
 """The status in our own log of an answer that nobody waited for."""
 
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class ChunkWriter(ABC):
@@ -83,7 +87,8 @@ async def stream_response(
 
 
 class _EventStream(Response):
-    media_type = "text/event-stream"
+    status_code = 200
+    background = None
 
     def __init__(
         self,
@@ -93,8 +98,8 @@ class _EventStream(Response):
         first: list[tuple[int, Piece]],
         include_usage: bool,
     ) -> None:
-        super().__init__(headers=_HEADERS | generation.headers)
-        del self.headers["content-length"]
+        own = [(name.lower().encode(), value.encode("latin-1")) for name, value in generation.headers.items()]
+        self.raw_headers = [*_HEADERS, *own]
         self._generation = generation
         self._watcher = watcher
         self._writer = writer
