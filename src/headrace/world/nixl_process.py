@@ -58,7 +58,7 @@ SHORTEST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 200e-6
 """Pauses between polls that move nothing."""
 
-TOGETHER_BYTES = 16 << 20
+TOGETHER_BYTES = 32 << 20
 """So much is posted together, and a read can be stopped after it: over shared memory NIXL moves all that is
 posted before it returns."""
 
