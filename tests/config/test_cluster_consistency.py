@@ -109,6 +109,8 @@ def test_what_can_be_meant_is_let_be(fine: ClusterFile) -> None:
             file(qos={"enable_early_rejection": True, "reject_on_slo_violation": True}, slo={"ttft_ms": 500}),
             [],
         ),
+        (file(slo={"objective": 0.5}), ["slo.objective"]),
+        (file(slo={"objective": 0.7}), []),
         (file(), []),
     ],
 )

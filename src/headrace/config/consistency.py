@@ -15,6 +15,8 @@ from headrace.config.sizes import parse_size
 _MEASURES = ("queue_length", "gpu_utilization", "kv_cache_usage")
 _WEIGHTS = ("prefix_cache_weight", "queue_length_weight", "decode_load_weight")
 _FORESEEN = ("policy", "low_priority_threshold_ms")
+_LATE = 0.6
+"""A page for so large a share of missed requests comes late."""
 
 
 def contradictions(file: ClusterFile) -> list[str]:
@@ -75,7 +77,19 @@ def remarks(file: ClusterFile) -> list[str]:
             f"requests wait for longer than normal ones, which are refused above slo.ttft_ms "
             f"({file.slo.ttft_ms:g} ms); lower it, or raise slo.ttft_ms"
         )
-    return found
+    return found + _objective(file)
+
+
+def _objective(file: ClusterFile) -> list[str]:
+    """The rules for Prometheus page at any objective, but late where little is promised."""
+    objective = file.slo.objective
+    missed = (1 - objective) ** 0.5  # over an hour, as the rules for Prometheus have it
+    if not file.slo.says("objective") or missed <= _LATE:
+        return []
+    return [
+        f"slo.objective: at {objective:g} alerts page only when more than {missed:.0%} of an hour's requests "
+        "miss; promise more of them, with longer limits, to hear of trouble sooner"
+    ]
 
 
 def foresees(file: ClusterFile) -> bool:
