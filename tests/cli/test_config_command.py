@@ -151,6 +151,35 @@ def test_this_machine_is_looked_at() -> None:
     assert Machine.this().cores >= 1
 
 
+MINE = "from headrace.cluster.routing import Policy\nclass Mine(Policy):\n    "
+
+
+def test_a_policy_of_ones_own_is_found_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("routing: {policy: 'checked_policy:Mine'}\n")
+    code, said, _ = run("check", str(path))
+    assert code == 0
+    assert f"no module 'checked_policy' on Python's path, nor in {tmp_path}" in " ".join(said.split())
+    (tmp_path / "checked_policy.py").write_text(f"{MINE}def terms(self, among): return {{}}\n")
+    code, said, _ = run("check", str(path))
+    assert code == 0
+    assert "routing.policy:" not in said
+
+
+def test_one_that_is_there_and_is_none_is_not_valid(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("routing: {policy: 'abstract_policy:Mine'}\n")
+    (tmp_path / "abstract_policy.py").write_text(f"{MINE}pass\n")
+    code, _, said = run("check", str(path))
+    assert code == 1
+    assert "routing.policy: the routing policy 'abstract_policy:Mine' lacks terms" in said
+    assert "abstract_policy.py, line 2" in said
+    fleet = ["simulate", "fleet", "--both", "1", "--requests", "2", "--config", str(path)]
+    done = CliRunner().invoke(app, fleet)
+    assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
+    assert "lacks terms" in done.stderr
+
+
 def test_models_that_are_not_here_are_told_by_their_names(tmp_path: Path) -> None:
     machine = Machine(cores=4, memory=None, gpus=0, nixl=True)
     file = read_cluster(None, (f"models={{chat: {{versions: {{a: 1, {tmp_path}: 1}}}}}}",))

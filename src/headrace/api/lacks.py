@@ -10,8 +10,10 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from headrace.api.options import gateway_options
+from headrace.cluster.routing.own import PolicyNotFoundError
 from headrace.cluster.routing.policies import policy_of
 from headrace.config import format_size, parse_size
 from headrace.config.cluster import ROLES, ClusterFile
@@ -47,8 +49,20 @@ class Machine:
         )
 
 
-def lacks(file: ClusterFile, machine: Machine) -> list[str]:
-    """What the file asks for and the machine has not, each with what to do or what happens instead."""
+def faults(file: ClusterFile, path: Path | None = None) -> list[str]:
+    """What is wrong on every machine, though the file alone does not show it; each begins with its field."""
+    try:
+        _try_policy(file, path)
+    except PolicyNotFoundError:
+        return []  # another machine may have it
+    except ValueError as error:
+        return [f"routing.policy: {error}"]
+    return []
+
+
+def lacks(file: ClusterFile, machine: Machine, path: Path | None = None) -> list[str]:
+    """What the file, read from `path`, asks for and the machine has not, each with what to do or what happens
+    instead."""
     counts = file.replicas()
     workers = sum(counts.values()) or 1
     model, said = _model(file)
@@ -58,7 +72,7 @@ def lacks(file: ClusterFile, machine: Machine) -> list[str]:
         for name, source in file.sources().items()
         if isinstance(here := _here(source), str)
     ]
-    found += _policy(file)
+    found += _policy(file, path)
     found += _memory(file, machine, workers, model)
     cores = file.engine.threads or machine.cores
     if cores > machine.cores:
@@ -96,13 +110,19 @@ def _here(source: str) -> ModelFiles | str:
         return f"cannot be read: {error}"
 
 
-def _policy(file: ClusterFile) -> list[str]:
+def _policy(file: ClusterFile, path: Path | None) -> list[str]:
     """A class of the user's own has to be found here."""
     try:
-        policy_of(gateway_options(file).routing, random.Random(0))
-    except ValueError as error:
+        _try_policy(file, path)
+    except PolicyNotFoundError as error:
         return [f"routing.policy: {error}"]
+    except ValueError:
+        return []  # one of the `faults`
     return []
+
+
+def _try_policy(file: ClusterFile, path: Path | None) -> None:
+    policy_of(gateway_options(file, path).routing, random.Random(0))
 
 
 def _memory(file: ClusterFile, machine: Machine, workers: int, model: ModelFiles | None) -> list[str]:

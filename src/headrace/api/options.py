@@ -5,6 +5,8 @@ In: a checked `ClusterFile`. Out: `GatewayOptions`, with times in seconds.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from headrace.cluster.options import (
     AdmissionOptions,
     AliasOptions,
@@ -19,8 +21,8 @@ from headrace.cluster.options import (
 from headrace.config.cluster import ClusterFile
 
 
-def gateway_options(file: ClusterFile) -> GatewayOptions:
-    """What the file asks of a gateway."""
+def gateway_options(file: ClusterFile, path: Path | None = None) -> GatewayOptions:
+    """What the file, read from `path`, asks of a gateway."""
     split, qos = file.split_policy, file.qos
     smaller = {name: one.smaller or "" for name, one in file.models.items()}
     return GatewayOptions(
@@ -35,6 +37,7 @@ def gateway_options(file: ClusterFile) -> GatewayOptions:
         ),
         routing=RoutingOptions(
             policy=file.routing.policy,
+            policy_directories=(".",) if path is None else (str(path.parent), "."),
             prefix_cache_weight=split.prefix_cache_weight,
             queue_length_weight=split.queue_length_weight,
             decode_load_weight=split.decode_load_weight,

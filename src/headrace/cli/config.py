@@ -44,17 +44,19 @@ def check(
 ) -> None:
     """Say what FILE will do, and what this machine lacks for it. Exit code 1 where it is not valid."""
     with clear_errors():
-        from headrace.api.lacks import Machine, lacks
+        from headrace.api.lacks import Machine, faults, lacks
         from headrace.config.consistency import remarks
         from headrace.config.reading import ConfigError, read_cluster
         from headrace.config.words import in_words
 
         try:
             cluster = read_cluster(file, overrides or ())
+            if wrong := faults(cluster, file):
+                raise ConfigError(str(file), wrong)
         except ConfigError as error:
             _tell_invalid(file, error.problems, as_json)
             sys.exit(INVALID)
-        sections, noted, lacking = in_words(cluster), remarks(cluster), lacks(cluster, Machine.this())
+        sections, noted, lacking = in_words(cluster), remarks(cluster), lacks(cluster, Machine.this(), file)
         if as_json:
             said = {name: [dataclasses.asdict(line) for line in lines] for name, lines in sections.items()}
             _print_json({"valid": True, "sections": said, "notes": noted, "machine_lacks": lacking})

@@ -88,7 +88,7 @@ class Configured:
 
         for remark in remarks(self.file):
             say(f"note: {remark}")
-        return replace(gateway_options(self.file), split=split)
+        return replace(gateway_options(self.file, self.path), split=split)
 
     def naming(self, model: str) -> str:
         """The file that names `model`, where the command line does not name another, else nothing."""

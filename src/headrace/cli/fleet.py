@@ -156,7 +156,7 @@ def _cluster(
     if not any(pools.values()):
         raise ValueError("there are no workers: ask for some, as in --prefill 8 --decode 8, or --both 8")
     gateway = replace(
-        gateway_options(file),
+        gateway_options(file, config),
         models=(),  # one is simulated, and made requests for
         aliases=(),
         heartbeat_s=PLANNED.heartbeat_s,

@@ -89,7 +89,7 @@ class Entrance:
         try:
             for one in accepted:
                 self._backlog.enter(one)
-        except Exception as error:  # what cannot be put into a message: all are taken back
+        except BaseException as error:  # as what cannot be put into a message: all are taken back
             for one in accepted:
                 self._desk.take_back(one)
             if isinstance(error, ProtocolError):

@@ -22,6 +22,8 @@ class RoutingOptions:
 
     policy: str = "cost"
     """Name of a built-in policy, or `module:Class` of one's own."""
+    policy_directories: tuple[str, ...] = (".",)
+    """Where that module is looked for when it is not on Python's path."""
     prefix_cache_weight: float = 1.0
     """Of the prompt's blocks that a worker would have to compute."""
     queue_length_weight: float = 1.0

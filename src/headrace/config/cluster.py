@@ -126,7 +126,8 @@ class Routing(Section):
 
     policy: Annotated[str, AfterValidator(_check_policy)] = "cost"
     """`cost`, `latency`, `capacity`, `random`, `round_robin`, `least_loaded`, `power_of_two`, `prefix`,
-    `session`, or a class of one's own as `module:Class`."""
+    `session`, or a class of one's own as `module:Class`, found on Python's path, beside this file, or in the
+    working directory."""
 
 
 class Cache(Section):

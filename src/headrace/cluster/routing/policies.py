@@ -6,7 +6,6 @@ clusters of which less is known.
 
 from __future__ import annotations
 
-import importlib
 from hashlib import blake2b
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from headrace.cluster.facts import Column
 from headrace.cluster.options import RoutingOptions
 from headrace.cluster.routing.candidates import Candidates
+from headrace.cluster.routing.own import load_policy
 from headrace.cluster.routing.policy import Policy, Terms
 from headrace.world import Chance
 
@@ -129,21 +129,14 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def policy_of(options: RoutingOptions, chance: Chance) -> Policy:
-    """The policy that `options` name. Raises ValueError, saying what there is."""
+    """The policy that `options` name. Raises ValueError, saying what there is, or what is wrong with it."""
     name = options.policy
     if name in POLICIES:
         return POLICIES[name](options, chance)
-    module, separator, attribute = name.partition(":")
-    if not separator:
+    if ":" not in name:
         known = ", ".join(POLICIES)
         raise ValueError(f"there is no routing policy {name!r}; there are {known}, or give module:Class")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the routing policy {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise ValueError(f"{name!r} is no routing policy; derive it from headrace.cluster.routing.Policy")
-    return found(options, chance)
+    return load_policy(options, chance)
 
 
 def _counted_uncached(among: Candidates, options: RoutingOptions) -> Column:

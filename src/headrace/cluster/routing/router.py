@@ -19,6 +19,7 @@ from headrace.cluster.placement import Possible
 from headrace.cluster.registry import Member
 from headrace.cluster.routing.candidates import Candidates, Wish
 from headrace.cluster.routing.decision import Decision
+from headrace.cluster.routing.own import in_words
 from headrace.cluster.routing.policies import policy_of
 from headrace.cluster.routing.policy import Terms
 from headrace.world import Chance
@@ -56,10 +57,12 @@ class Router:
         among = self.candidates(possible, wish, prompt, now)
         rule = f"lowest score of policy {self._name}"
         try:
-            terms = self._policies[purpose].terms(among)
+            terms = _checked(self._policies[purpose].terms(among), len(members))
             scores = _scores(terms, len(members))
-        except Exception as error:  # a policy of the user's own may do anything; the request must go on
-            rule = f"policy {self._name} failed with {type(error).__name__}: {error}; the least loaded"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a policy of the user's own may do anything; the request must go on
+            rule = f"policy {self._name} failed with {in_words(error)}; the least loaded"
             if not self._has_failed:
                 self._has_failed = True
                 self._report(f"routing {rule} worker is chosen instead, here and whenever it fails")
@@ -86,14 +89,26 @@ class Router:
         return members[best], decision
 
 
-def _scores(terms: Terms, count: int) -> Column:
-    """The sums. Raises ValueError for columns that are none, or that choose nobody."""
+def _checked(terms: Terms, count: int) -> Terms:
+    """A policy's terms as they are now, whatever it does to its own later. Raises ValueError for what could
+    not be added up, or not be told to anybody."""
     if not terms:
         raise ValueError("it gives no terms")
+    found: dict[str, Column] = {}
+    for name, given in terms.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"the name of a term is {name!r}, and no text that can be printed")
+        column = np.array(given, dtype=np.float64)
+        if column.shape != (count,):
+            raise ValueError(f"its term {name!r} is of shape {column.shape}, not ({count},)")
+        found[name] = column
+    return found
+
+
+def _scores(terms: Terms, count: int) -> Column:
+    """The sums. Raises ValueError for columns that are no numbers, or that choose nobody."""
     scores: Column = np.zeros(count)
-    for name, column in terms.items():
-        if np.shape(column) != (count,):
-            raise ValueError(f"its term {name!r} is of shape {np.shape(column)}, not ({count},)")
+    for column in terms.values():
         scores += column
     lowest = float(scores.min())  # NaN if any is
     if math.isnan(lowest):
