@@ -48,8 +48,9 @@ class Predictive(Foresight):
 
 
 class Naive(Foresight):
-    """Requests that wait for a prefill times what one takes on average, and those that decode times what that
-    takes, as if they came one after another. Numbers are those that workers told last."""
+    """Requests that wait for a prefill times what one takes on average, and those at workers that decode times
+    what an answer takes of its worker: as many are decoded at once as there are rows, so that is its duration
+    over these. Numbers are those that workers told last."""
 
     def __init__(self, registry: Registry, backlog: Backlog) -> None:
         self._registry = registry
@@ -63,13 +64,18 @@ class Naive(Foresight):
         decode = [m for m in live if m.info.role.decodes]
         waiting = self._backlog.requests(request.model) / len(prefill)
         ttft_s = _mean([(_waiting(m) + waiting) * m.prefill_s for m in prefill])
-        ttft_s += _mean([_waiting(m) * m.decode_s / m.info.engine.max_num_seqs for m in decode])
+        ttft_s += _mean([_there(m) * m.decode_s / m.info.engine.max_num_seqs for m in decode])
         tpot_s = _mean([m.stats.step_s for m in decode if m.stats is not None])
         return Expectation(ttft_s, tpot_s)
 
 
 def _waiting(member: Member) -> int:
     return member.stats.waiting if member.stats is not None else 0
+
+
+def _there(member: Member) -> int:
+    """Those that run or wait."""
+    return member.stats.running + member.stats.waiting if member.stats is not None else 0
 
 
 def _mean(values: list[float]) -> float:

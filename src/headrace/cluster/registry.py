@@ -88,8 +88,7 @@ class Member:
         """Attempts that run there, exports included."""
         self.facts = new_row()
         self.pace = Pace(self.facts)
-        self.prefill_s, self.decode_s = 0.0, 0.0
-        """What these took on average, lately."""
+        self._prefill_s, self._decode_s = _Lately(), _Lately()
         self._unseen: dict[str, int] = {}
         facts = self.facts
         facts[Fact.DECODES], facts[Fact.PREFILLS] = role.decodes, role.prefills_for_others
@@ -117,14 +116,24 @@ class Member:
 
     def ended(self, times: SequenceTimes) -> None:
         """A sequence has ended there."""
-        self.prefill_s = _averaged(self.prefill_s, times.prefill_s)
-        self.decode_s = _averaged(self.decode_s, times.decode_s)
+        self._prefill_s.take(times.prefill_s)
+        self._decode_s.take(times.decode_s)
         self.pace.ended(times)
 
     def prefills(self, tokens: int) -> None:
         """It is to compute so many tokens of a prompt for another worker; nobody will say what they took."""
         fitted_s = self.facts[Fact.BASE_S] + self.facts[Fact.PER_TOKEN_S] * tokens
-        self.prefill_s = _averaged(self.prefill_s, float(fitted_s))
+        self._prefill_s.take(float(fitted_s))
+
+    @property
+    def prefill_s(self) -> float:
+        """What computing a prompt took on average, lately; 0 before the first."""
+        return self._prefill_s.mean
+
+    @property
+    def decode_s(self) -> float:
+        """What an answer took from its first token on, likewise."""
+        return self._decode_s.mean
 
     def expect(self, leg_name: str, tokens: int) -> None:
         """An attempt with so many prompt tokens to compute is on its way there."""
@@ -152,8 +161,21 @@ class Member:
         return self._state in (MemberState.UP, MemberState.SUSPECT)
 
 
-def _averaged(before: float, now: float | None) -> float:
-    return before if now is None else before + 0.05 * (now - before)
+MEMORY = 20
+"""About so many of the last make an average; of fewer, all count alike."""
+
+
+class _Lately:
+    """An average that begins with its first value."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._count = 0
+
+    def take(self, value: float | None) -> None:
+        if value is not None:
+            self._count = min(self._count + 1, MEMORY)
+            self.mean += (value - self.mean) / self._count
 
 
 _SAME = ("revision", "kv_layout", "dtype", "batch_invariant", "max_model_len", "vocab_size")
