@@ -62,6 +62,13 @@ class Served:
             if line.startswith(beginning):
                 return line
 
+    def rest(self) -> list[str]:
+        """All that it said after the line that was waited for last, once it has ended."""
+        rest: list[str] = []
+        while (line := self._said.get(timeout=STOP_TIMEOUT_S)) is not None:
+            rest.append(line)
+        return rest
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

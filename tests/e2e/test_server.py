@@ -245,3 +245,4 @@ def test_sigterm_lets_what_runs_finish(served: Served) -> None:
     assert rest[-2] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-4]
     assert served.wait_end() == 0
+    assert served.rest()[-1] == "stopped"  # and nothing of leaks after it

@@ -120,8 +120,11 @@ class Service:
         Raises StartFailedError or WorkerLostError when the engine cannot be run, TextError for a tokenizer or
         chat template that cannot be read.
         """
-        with Signals(self._on_signal):
-            await self._run()
+        try:
+            with Signals(self._on_signal):
+                await self._run()
+        finally:
+            gc.unfreeze()  # what stayed is freed with the interpreter, which else tells of leaks
 
     async def _run(self) -> None:
         self._say(self._intent())
