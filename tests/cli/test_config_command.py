@@ -12,6 +12,7 @@ from headrace.api.lacks import Machine, lacks
 from headrace.cli.app import app
 from headrace.config.reading import read_cluster
 from headrace.config.schema import schema_text
+from headrace.sim.torch_shape import _directory
 
 SEED = Path(__file__).parents[1] / "config" / "seed.yaml"
 LARGE = Machine(cores=128, memory=1 << 40, gpus=8, nixl=True)
@@ -178,6 +179,21 @@ def test_one_that_is_there_and_is_none_is_not_valid(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, fleet)
     assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
     assert "lacks terms" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ("kv_cache_memory=1KiB", "engine: kv_cache_memory of 1024 bytes holds 0 blocks"),
+        ("max_model_len=100000", "engine: max_model_len is 100000; the model's positions reach to 512"),
+        ("max_model_len=512", ""),
+    ],
+)
+def test_what_the_models_engine_would_refuse_is_not_valid(field: str, says: str) -> None:
+    overrides = "--set", f"model={_directory(300, 512, 0)}", "--set", f"engine.{field}"
+    code, _, said = run("check", str(SEED), *overrides, "--set", "engine.threads=1")
+    assert code == (1 if says else 0)
+    assert says in said
 
 
 def test_models_that_are_not_here_are_told_by_their_names(tmp_path: Path) -> None:

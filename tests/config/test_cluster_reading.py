@@ -69,6 +69,25 @@ def problems(directory: Path, content: object, *overrides: str) -> tuple[str, ..
             "routing.policy: there is no policy 'best'; there are cost, latency",
         ),
         ({"routing": {"policy": "my.module:"}}, "routing.policy: there is no policy 'my.module:'"),
+        (
+            {"models": {"chat": {"versions": {"a": 1e308, "b": 1}}}},
+            "models.chat.versions.a: should be less than or equal to 1000000, got 1e+308",
+        ),
+        (
+            {"split_policy": {"prefix_cache_weight": 1e308}},
+            "split_policy.prefix_cache_weight: should be less than or equal to 1000000, got 1e+308",
+        ),
+        (
+            {"pools": {"both": {"replicas": 100_001}}},
+            "pools.both.replicas: should be less than or equal to 10000, got 100001",
+        ),
+        (
+            {"split_policy": {"prompt_length_threshold": 2**64}},
+            "split_policy.prompt_length_threshold: should be less than or equal to 100000000",
+        ),
+        ({"engine": {"kv_cache_memory": "9" * 400}}, "engine.kv_cache_memory: '9999"),
+        ({"engine": {"kv_cache_memory": "2000000TiB"}}, "engine.kv_cache_memory: '2000000TiB' is more than"),
+        ("slo: {ttft_ms: 1e400}", "slo.ttft_ms: should be a finite number, got inf"),
         ({"qos": {"policy": "guess"}}, "qos.policy: should be 'predictive' or 'naive', got 'guess'"),
         ({"qos": {"degrade": ["n"]}}, "qos.degrade.0: is a section of fields, got 'n'"),
         (
@@ -88,6 +107,17 @@ def problems(directory: Path, content: object, *overrides: str) -> tuple[str, ..
 def test_what_is_wrong_is_refused_by_name(tmp_path: Path, content: object, said: str) -> None:
     (problem,) = problems(tmp_path, content)
     assert problem.startswith(said)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", ".1e-2", "+1e-3", "1.0e-3", "0.001"])
+def test_numbers_may_be_written_as_in_json(number: str, tmp_path: Path) -> None:
+    assert read_cluster(written(tmp_path, f"slo: {{ttft_ms: {number}}}\n")).slo.ttft_ms == 0.001
+    assert read_cluster(None, [f"slo.ttft_ms={number}"]).slo.ttft_ms == 0.001
+
+
+def test_what_only_looks_like_a_number_is_a_text() -> None:
+    for name in ("12e", "e5", "3e5f", "1.2.3e5", "1e5-instruct"):
+        assert read_cluster(None, [f"model={name}"]).model == name
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

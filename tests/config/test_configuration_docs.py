@@ -79,8 +79,10 @@ def type_of(value: dict[str, Any]) -> str:
     if kind == "object":
         return f"{'sections' if '$ref' in value['additionalProperties'] else 'numbers'} by name"
     words = kind if isinstance(kind, str) else " or ".join(kind)
-    if "maximum" in value:
+    if {"minimum", "maximum"} <= value.keys():
         return f"{words}, {value['minimum']} to {value['maximum']}"
+    if {"exclusiveMinimum", "maximum"} <= value.keys():
+        return f"{words}, above {value['exclusiveMinimum']}, at most {value['maximum']}"
     if "minimum" in value:
         return f"{words}, at least {value['minimum']}"
     if "exclusiveMinimum" in value:

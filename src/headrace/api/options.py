@@ -37,7 +37,7 @@ def gateway_options(file: ClusterFile, path: Path | None = None) -> GatewayOptio
         ),
         routing=RoutingOptions(
             policy=file.routing.policy,
-            policy_directories=(".",) if path is None else (str(path.parent), "."),
+            policy_directories=_directories(file.routing.policy, path),
             prefix_cache_weight=split.prefix_cache_weight,
             queue_length_weight=split.queue_length_weight,
             decode_load_weight=split.decode_load_weight,
@@ -58,3 +58,9 @@ def gateway_options(file: ClusterFile, path: Path | None = None) -> GatewayOptio
             ),
         ),
     )
+
+
+def _directories(policy: str, path: Path | None) -> tuple[str, ...]:
+    """Where the module of a policy of the user's own is looked for."""
+    here = RoutingOptions().policy_directories
+    return here if path is None or ":" not in policy else (str(path.parent), *here)

@@ -15,6 +15,7 @@ import typer
 from headrace.cli.errors import clear_errors
 
 if TYPE_CHECKING:
+    from headrace.config.cluster import ClusterFile
     from headrace.config.words import Line
 
 app = typer.Typer(name="config", help="Check a cluster's file; tell what it may say.", no_args_is_help=True)
@@ -51,7 +52,7 @@ def check(
 
         try:
             cluster = read_cluster(file, overrides or ())
-            if wrong := faults(cluster, file):
+            if wrong := [*faults(cluster, file), *_refused(cluster)]:
                 raise ConfigError(str(file), wrong)
         except ConfigError as error:
             _tell_invalid(file, error.problems, as_json)
@@ -74,6 +75,26 @@ def schema() -> None:
         from headrace.config.schema import schema_text
 
         print(schema_text(), end="")
+
+
+def _refused(cluster: ClusterFile) -> list[str]:
+    """What a worker would refuse of its engine, where the model is here to be asked."""
+    from headrace.config.consistency import engine_options
+    from headrace.store import ModelError, ModelFiles, look_for
+
+    try:
+        files = look_for(cluster.model) if cluster.model is not None else None
+    except (ModelError, OSError):
+        return []  # told of by what this machine lacks
+    if not isinstance(files, ModelFiles):
+        return []
+    from headrace.execution.build import check_cache
+
+    try:
+        check_cache(engine_options(cluster, str(files.directory)))
+    except (ValueError, ModelError, OSError) as error:
+        return [f"engine: {error}"]
+    return []
 
 
 def _tell_invalid(file: Path, problems: tuple[str, ...], as_json: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 from headrace.cli.early import unwinding
 from headrace.cluster.options import SplitPolicy
 from headrace.config import ApiKey, ServingOptions, format_size, parse_size, read_keys
+from headrace.config.engine import MOST_REQUESTS, MOST_TOKENS
 from headrace.config.serving import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_PROMPT_CHARACTERS
 
 if TYPE_CHECKING:
@@ -86,10 +87,13 @@ class SplitFlags:
     """When prefill and decode are apart."""
 
     prompt_length_threshold: Annotated[
-        int, typer.Option(min=0, help="A prefill worker takes prompts with more uncached tokens than this.")
+        int,
+        typer.Option(
+            min=0, max=MOST_TOKENS, help="A prefill worker takes prompts with more uncached tokens than this."
+        ),
     ] = SplitPolicy().prompt_length_threshold
     prefill_queue_max: Annotated[
-        int, typer.Option(min=1, help="Unless each prefill worker has so many already.")
+        int, typer.Option(min=1, max=MOST_REQUESTS, help="Unless each prefill worker has so many already.")
     ] = SplitPolicy().prefill_queue_max
 
     def policy(self) -> SplitPolicy:

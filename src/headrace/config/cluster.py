@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from headrace.config.engine import DEFAULT_STEP_TIMEOUT_S, Connector, Dtype, EngineOptions, Quantization
+from headrace.config.engine import (
+    DEFAULT_STEP_TIMEOUT_S,
+    MOST_REQUESTS,
+    MOST_TOKENS,
+    Connector,
+    Dtype,
+    EngineOptions,
+    Quantization,
+)
 from headrace.config.sizes import format_size, parse_size
 
 POLICIES: Mapping[str, str] = MappingProxyType(
@@ -26,7 +34,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "least_loaded": "to the worker with the least to do",
         "power_of_two": "to the less loaded of two drawn by chance",
         "prefix": "to the worker that holds most of the prompt",
-        "session": "where the session's last request went",
+        "session": "to one worker for each session, by a hash of both; without a session to the least loaded",
     }
 )
 """The built-in routing policies, and where each sends a request."""
@@ -55,11 +63,16 @@ def _unit(unit: str, **limits: Any) -> Any:
     return Field(json_schema_extra={"unit": unit}, **limits)
 
 
-Weight = Annotated[float, Field(ge=0)]
+MOST_WORKERS = 10_000
+MOST_WEIGHT = 1_000_000
+DAY_S = 86_400
+"""Limits against slips of the pen, as those of `config.engine`; sums of what is within them do not overflow."""
+
+Weight = Annotated[float, Field(ge=0, le=MOST_WEIGHT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, _unit("%", ge=0, le=100)]
-QueueLength = Annotated[float, _unit("requests per replica", ge=0)]
-Milliseconds = Annotated[float, _unit("ms", gt=0)]
+QueueLength = Annotated[float, _unit("requests per replica", ge=0, le=MOST_REQUESTS)]
+Milliseconds = Annotated[float, _unit("ms", gt=0, le=1000 * DAY_S)]
 Size = Annotated[
     str,
     BeforeValidator(_in_words),
@@ -87,7 +100,7 @@ class Section(BaseModel):
 class Pool(Section):
     """Workers of one role."""
 
-    replicas: Annotated[int, _unit("workers", ge=0)]
+    replicas: Annotated[int, _unit("workers", ge=0, le=MOST_WORKERS)]
     """Workers that `serve` starts."""
 
 
@@ -106,9 +119,9 @@ class Pools(Section):
 class SplitPolicy(Section):
     """When a prompt is prefilled by another worker than the one that decodes it, and the router's weights."""
 
-    prompt_length_threshold: Annotated[int, _unit("tokens", ge=0)] = 256
+    prompt_length_threshold: Annotated[int, _unit("tokens", ge=0, le=MOST_TOKENS)] = 256
     """A prompt with more uncached tokens than this goes to a prefill worker."""
-    prefill_queue_max: Annotated[int, _unit("requests per prefill worker", ge=1)] = 32
+    prefill_queue_max: Annotated[int, _unit("requests per prefill worker", ge=1, le=MOST_REQUESTS)] = 32
     """Unless each prefill worker has so many already; then the prompt is computed where it is decoded."""
     prefix_cache_weight: Weight = 1.0
     """Weight, in the policy `cost`, of the prompt's blocks that a worker does not hold; 0 leaves it out."""
@@ -147,15 +160,17 @@ class Engine(Section):
     """Precision of weights and KV cache; `auto` is bfloat16 where the processor computes in it."""
     quantization: Quantization = _ENGINE.quantization
     """Of the weights; `int8` reads half of bfloat16's bytes, and loses a little."""
-    threads: Annotated[int, _unit("cores", ge=1)] | None = None
+    threads: Annotated[int, _unit("cores", ge=1, le=MOST_WORKERS)] | None = None
     """Of all workers together; without, every core that the process may use."""
-    max_model_len: Annotated[int, _unit("tokens", ge=2)] | None = None
+    max_model_len: Annotated[int, _unit("tokens", ge=2, le=MOST_TOKENS)] | None = None
     """Longest prompt and output together; without, what the model and the KV cache allow."""
-    max_num_seqs: Annotated[int, _unit("sequences", ge=1)] = _ENGINE.max_num_seqs
+    max_num_seqs: Annotated[int, _unit("sequences", ge=1, le=MOST_REQUESTS)] = _ENGINE.max_num_seqs
     """Sequences that run at once, in each worker."""
-    max_num_batched_tokens: Annotated[int, _unit("tokens", ge=1)] = _ENGINE.max_num_batched_tokens
+    max_num_batched_tokens: Annotated[int, _unit("tokens", ge=1, le=MOST_TOKENS)] = (
+        _ENGINE.max_num_batched_tokens
+    )
     """Tokens computed in one step; longer prompts are prefilled in chunks. At least `max_num_seqs`."""
-    max_waiting: Annotated[int, _unit("sequences", ge=1)] = _ENGINE.max_waiting
+    max_waiting: Annotated[int, _unit("sequences", ge=1, le=MOST_REQUESTS)] = _ENGINE.max_waiting
     """Sequences that may wait at a worker; more are refused with 429."""
     kv_cache_memory: Size = format_size(_ENGINE.kv_cache_memory).replace(" ", "")
     """KV cache of each worker, as in 512MiB or 2GiB, or a number of bytes."""
@@ -163,7 +178,7 @@ class Engine(Section):
     """Positions of one KV block."""
     batch_invariant: bool = _ENGINE.batch_invariant
     """The same bits of output whatever else runs."""
-    step_timeout: Annotated[float, _unit("s", ge=1)] = DEFAULT_STEP_TIMEOUT_S
+    step_timeout: Annotated[float, _unit("s", ge=1, le=DAY_S)] = DEFAULT_STEP_TIMEOUT_S
     """An engine that takes longer for a step is stuck, and is replaced."""
 
 
@@ -202,11 +217,11 @@ class ScaleDown(Section):
 class PoolAutoscale(Section):
     """Limits and conditions of one pool."""
 
-    min_replicas: Annotated[int, _unit("workers", ge=0)]
+    min_replicas: Annotated[int, _unit("workers", ge=0, le=MOST_WORKERS)]
     """The fewest; so many are started where `pools` does not say."""
-    max_replicas: Annotated[int, _unit("workers", ge=1)]
+    max_replicas: Annotated[int, _unit("workers", ge=1, le=MOST_WORKERS)]
     """The most."""
-    window_s: Annotated[float, _unit("s", gt=0)] = 30.0
+    window_s: Annotated[float, _unit("s", gt=0, le=DAY_S)] = 30.0
     """How long a condition must hold."""
     scale_up: ScaleUp = ScaleUp()
     """When a replica is added; without a condition, never."""
@@ -243,9 +258,9 @@ class DegradeStep(Section):
     lower: Literal["n", "max_tokens", "model"]
     """The field of the request that is lowered, `model` to the `smaller` one that `models` gives it; the
     answer says so."""
-    to: Annotated[int, Field(ge=1)] | None = None
+    to: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     """To so many at most; not with `lower: model`."""
-    above: Annotated[float, Field(gt=0)] = 0.8
+    above: Annotated[float, Field(gt=0, le=MOST_WEIGHT)] = 0.8
     """When its predicted TTFT or TPOT is above this share of what it may expect."""
 
     @model_validator(mode="after")
@@ -272,10 +287,10 @@ class Qos(Section):
     degrade: list[DegradeStep] = []
     """What is taken from a normal or low-priority request before it is refused, step by step while it would
     wait too long."""
-    worker_steps_ahead: Annotated[float, _unit("steps", gt=0)] = 2.0
+    worker_steps_ahead: Annotated[float, _unit("steps", gt=0, le=MOST_REQUESTS)] = 2.0
     """A request waits at the gateway while the prompt tokens that wait at each worker fill so many of its
     steps; a normal one may be a step further ahead, one of high priority two."""
-    queue_timeout: Annotated[float, _unit("s", gt=0)] = 300.0
+    queue_timeout: Annotated[float, _unit("s", gt=0, le=DAY_S)] = 300.0
     """How long a request waits for its first worker before it is ended with 429."""
 
 
@@ -285,8 +300,8 @@ class Model(Section):
     model: str | None = None
     """A name, a directory, a GGUF file, or a hub id; without, what it is called here."""
     versions: dict[str, Weight] | None = None
-    """Instead of a model: the weight of each version, by the name of a model. One that `models` does not name
-    is served too, by its own name."""
+    """Instead of a model: the weight of each version, by the name of a model, 0 to 1000000 and not all 0. One
+    that `models` does not name is served too, by its own name."""
     smaller: str | None = None
     """The model that serves in its place under pressure, at a step `lower: model` of `qos.degrade`; named as
     versions are."""

@@ -102,11 +102,16 @@ def _tell(why: str, section: str, content: Section, *names: str) -> list[str]:
     return [f"{section}.{name}: {why}" for name in names if content.says(name)]
 
 
-def _engine(file: ClusterFile) -> list[str]:
+def engine_options(file: ClusterFile, directory: str = "") -> EngineOptions:
+    """What the file asks of the engine of a model in `directory`. Raises ValueError."""
     said: dict[str, Any] = file.engine.model_dump(exclude={"step_timeout"}, exclude_none=True)
     said["kv_cache_memory"] = parse_size(file.engine.kv_cache_memory)
+    return EngineOptions(directory=directory, served_name="", **said)
+
+
+def _engine(file: ClusterFile) -> list[str]:
     try:
-        EngineOptions(directory="", served_name="", **said)
+        engine_options(file)
     except ValueError as error:
         return [f"engine: {error}"]
     return []

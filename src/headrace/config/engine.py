@@ -25,6 +25,11 @@ MAX_CACHE_KEY_BYTES = 64
 CACHE_KEY_BYTES = 32
 """Of a key that is drawn at random."""
 
+MOST_REQUESTS = 1_000_000
+MOST_TOKENS = 100_000_000
+"""Limits against slips of the pen, far above what anybody has: a number beyond fits no message, or means that
+nothing is ever reached."""
+
 DEFAULT_STEP_TIMEOUT_S = 60.0
 """How long a step may take: far longer than any does that computes."""
 

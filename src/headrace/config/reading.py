@@ -7,6 +7,7 @@ is refused by name, with the known field that it may have meant.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,14 @@ class _EachKeyOnce(yaml.SafeLoader):
             # What the library's converters raise for text that is not of its type, without its place.
             kind = node.tag.rpartition(":")[2]
             raise yaml.MarkedYAMLError(None, None, f"{node.value!r} is no {kind}", node.start_mark) from None
+
+
+_EachKeyOnce.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+"""1e-9 is a number in JSON and in YAML 1.2; the library reads YAML 1.1, where it has to be 1.0e-9."""
 
 
 def _parse(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 _UNITS = {
     "": 1,
@@ -20,6 +21,9 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+LARGEST = 2**60
+"""More than any machine has."""
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -28,7 +32,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size > LARGEST:
+        raise ValueError(f"{reprlib.repr(text)} is more than {format_size(LARGEST)}; no machine has so much")
+    return int(size)
 
 
 def format_size(size: int) -> str:
@@ -38,4 +45,4 @@ def format_size(size: int) -> str:
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.4g} {unit}"
         value /= 1024
-    return f"{value:.4g} TiB"
+    return f"{value:.7g} TiB"

@@ -65,13 +65,7 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     """
     files = open_model(Path(options.directory))
     torch.set_num_threads(options.threads)
-    kernels, said = choose_kernels(
-        options.kernels,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        batch_invariant=options.batch_invariant,
-        threads=options.threads,
-    )
+    kernels, said = _kernels(options)
     notes = [said]
     pool = _cut_pool(options, files, kernels, notes)
     decoder = load_decoder(files.directory, kernels, pool.max_model_len)
@@ -149,6 +143,22 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
         notes=tuple(notes),
     )
     return BuiltEngine(Engine(scheduler, executor), info, shared_kv)
+
+
+def check_cache(options: EngineOptions) -> None:
+    """Raise what `build_engine` would for lengths and KV cache, without reading a weight."""
+    kernels, _ = _kernels(options)
+    _cut_pool(options, open_model(Path(options.directory)), kernels, [])
+
+
+def _kernels(options: EngineOptions) -> tuple[Kernels, str]:
+    return choose_kernels(
+        options.kernels,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        batch_invariant=options.batch_invariant,
+        threads=options.threads,
+    )
 
 
 def _fingerprint(
