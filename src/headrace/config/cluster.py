@@ -66,7 +66,7 @@ def _unit(unit: str, **limits: Any) -> Any:
 MOST_WORKERS = 10_000
 MOST_WEIGHT = 1_000_000
 DAY_S = 86_400
-"""Limits against slips of the pen, as those of `config.engine`; sums of what is within them do not overflow."""
+"""Limits against slips of the pen, as those of `config.engine`; sums within them do not overflow."""
 
 Weight = Annotated[float, Field(ge=0, le=MOST_WEIGHT)]
 Share = Annotated[float, Field(ge=0, le=1)]
