@@ -17,6 +17,8 @@ from headrace.api.direct import Direct
 from headrace.api.errors import ApiError, install_error_handlers
 
 JSON = b"application/json"
+REFUSED: list[str] = []
+"""The ids of requests that were answered with an error on the short way."""
 
 
 class Body(BaseModel):
@@ -45,7 +47,7 @@ def both() -> Iterator[tuple[Any, list[str]]]:
         install_error_handlers(app)
         app.include_router(router)
         if direct:
-            app.add_middleware(Direct, routers=[router])
+            app.add_middleware(Direct, routers=[router], refused=lambda name, error: REFUSED.append(name))
         yield app, seen
 
 
@@ -101,10 +103,14 @@ def ask(app: Any, body: bytes, content_type: bytes | None, method: str = "POST")
 )
 def test_both_ways_answer_alike(body: bytes, content_type: bytes | None) -> None:
     (direct, seen), (whole, seen_there) = both()
+    REFUSED.clear()
     answer = ask(direct, body, content_type)
+    (named,) = [value for name, value in answer[0]["headers"] if name == b"x-request-id"]
+    answer[0]["headers"].remove((b"x-request-id", named))
     assert answer == ask(whole, body, content_type)
     assert seen == seen_there
     status = answer[0]["status"]
+    assert REFUSED == ([named.decode()] if status != 200 else [])
     assert (status == 200) == (answer[1]["body"] == b"abc")
     if status != 200:
         assert json.loads(answer[1]["body"])["error"]["message"]

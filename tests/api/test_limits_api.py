@@ -189,7 +189,7 @@ def test_pages_may_send_what_client_libraries_send_and_read_what_they_look_for(s
     assert allowed.headers["access-control-allow-headers"] == asked
     answer = httpx.get(f"{strict.url}/health", headers={"Origin": ORIGIN})
     exposed = set(answer.headers["access-control-expose-headers"].split(", "))
-    others = {"Retry-After", "Idempotent-Replayed", "X-Should-Retry"}
+    others = {"Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Request-Id"}
     assert exposed == {"X-Headrace-Degraded", "X-Headrace-Model", *others}
 
 
@@ -282,6 +282,16 @@ def test_a_key_runs_so_many_requests_at_once(strict: ApiHouse, keyed: httpx.Clie
     assert keyed.post(TEXT, json={**LONG, "max_tokens": 1}).status_code == 200
 
 
+def test_what_the_doors_refuse_has_an_id_too(strict: ApiHouse, keyed: httpx.Client) -> None:
+    answers = [
+        httpx.post(strict.url + TEXT, json=LONG, headers={"Authorization": "Bearer wrong"}),
+        keyed.post(TEXT, json=LONG, headers={"Idempotency-Key": "no spaces"}),
+        keyed.post(TEXT, content=b"x" * 20_000_000),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 400, 413]
+    assert len({answer.headers["X-Request-Id"] for answer in answers}) == 3
+
+
 def test_rates_are_refused_with_when_to_come_again() -> None:
     keys = (
         ApiKey("slow", hashlib.sha256(b"a").digest(), requests_per_minute=2),
@@ -297,6 +307,10 @@ def test_rates_are_refused_with_when_to_come_again() -> None:
         refused = ask("a", [5], 1)
         assert "'slow' may use 2 requests per minute" in error_of(refused, 429)["message"]
         assert 25 <= int(refused.headers["retry-after"]) <= 30
+        found = house.server().gateway.journeys.of(refused.headers["X-Request-Id"])
+        assert [(one.what, one.detail["why"]) for one in found[0].entries] == [
+            ("refused", error_of(refused, 429)["message"])
+        ]
         assert error_of(ask("b", [5] * 11, 1), 400)["code"] == "rate_limit_exceeded"
         assert ask("b", [5] * 4, 16).status_code == 200  # 4 + 16: 10 too many
         refused = ask("b", [5], 1)

@@ -101,6 +101,70 @@ def test_a_decision_can_be_read_back(strict: httpx.Client) -> None:
     assert candidate["ttft_s"] > 0
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+def test_why_a_request_was_refused_can_be_read_back_by_the_id_in_its_answer(
+    strict: httpx.Client, path: str, stream: bool
+) -> None:
+    body = BODY if path == TEXT else {"messages": [{"role": "user", "content": "hi"}]}
+    answer = strict.post(path, json=body | {"stream": stream})
+    assert answer.status_code == 429
+    (way,) = strict.get(f"/cluster/requests/{answer.headers['X-Request-Id']}").json()["requests"]
+    foreseen, refused = way["events"]
+    assert foreseen["what"] == "foreseen"
+    assert foreseen["detail"]["class"] == "normal"
+    assert foreseen["detail"]["ttft_limit_s"] == AT_ONCE
+    assert foreseen["detail"]["pressure"] == pytest.approx(foreseen["detail"]["ttft_s"] / AT_ONCE)
+    assert {"tpot_s", "tpot_limit_s"} < set(foreseen["detail"])
+    assert refused["what"] == "refused"
+    assert refused["detail"]["reason"] == "predicted_ttft"
+    assert refused["detail"]["why"] == answer.json()["error"]["message"]
+    assert refused["detail"]["retry_after_s"] == int(answer.headers["Retry-After"])
+    assert way["decisions"] == []
+
+
+@pytest.mark.parametrize(("path", "prefix"), [(TEXT, "cmpl-"), (CHAT, "chatcmpl-")])
+def test_both_forms_of_an_id_lead_to_the_request(strict: httpx.Client, path: str, prefix: str) -> None:
+    body = BODY if path == TEXT else {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    answer = strict.post(path, json=body | {"priority": -1})
+    name = answer.headers["X-Request-Id"]
+    assert answer.json()["id"] == prefix + name
+    ways = [strict.get(f"/cluster/requests/{form}").json() for form in (name, prefix + name)]
+    assert ways[0] == ways[1]
+    streamed = strict.post(path, json=body | {"priority": -1, "stream": True})
+    assert f'"{prefix}{streamed.headers["X-Request-Id"]}"' in streamed.text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [300], "max_tokens": 0},
+        {"prompt": "x", "model": "another"},
+        {"prompt": [300] * 600},
+        {},
+        [],
+    ],
+)
+def test_every_error_has_an_id(strict: httpx.Client, body: Any) -> None:
+    answers = [strict.post(TEXT, json=body) for _ in range(2)]
+    assert {answer.status_code for answer in answers} < {400, 404}
+    assert len({answer.headers["X-Request-Id"] for answer in answers}) == 2
+
+
+def test_each_step_of_the_ladder_can_be_read_back(modest: httpx.Client) -> None:
+    answer = modest.post(TEXT, json=BODY).json()
+    (way,) = modest.get(f"/cluster/requests/{answer['id']}").json()["requests"]
+    first, *steps = way["events"][:5]
+    assert first["what"] == "foreseen"
+    assert first["detail"]["pressure"] > 1
+    assert [(one["what"], one["detail"].get("why")) for one in steps] == [
+        ("degraded", "n=1"),
+        ("foreseen", None),
+        ("degraded", "max_tokens=5"),
+        ("foreseen", None),
+    ]
+
+
 def test_operators_are_told_how_often_each_class_got_what_it_may_expect(modest: httpx.Client) -> None:
     before = {
         (one["class"], one["slo"]): one for one in levels(modest)["attainment"] if one["window"] == "5m"

@@ -105,8 +105,8 @@ def test_what_is_smaller_is_the_names_own_or_its_versions() -> None:
     drawing = Versions(options, lambda model: True, random.Random(0))
     found = {name: drawing.choose(name).smaller for name in ("a", "b", "plain", "own", "itself")}
     assert found == {"a": "s", "b": "", "plain": "s", "own": "b", "itself": ""}
-    assert drawing.choose("own").stepped_down() == Choice(
-        "own", "b", drawing.choose("own").why, instead_of="a"
+    assert drawing.choose("own").stepped_down(1.5) == Choice(
+        "own", "b", drawing.choose("own").why, instead_of="a", pressure=1.5
     )
 
 
@@ -153,7 +153,7 @@ def test_under_pressure_the_smaller_model_serves_and_the_answer_says_so() -> Non
         with pytest.raises(StepDown):
             houses.gateway.submit(asked, choice=TO_SMALL)
         assert houses.gateway.open_samples == 0
-        choice = TO_SMALL.stepped_down()
+        choice = TO_SMALL.stepped_down(1.5)
         stream = houses.gateway.submit(of(choice.model, "r", 30), choice=choice)
         assert stream.degraded[0] == f"model={SMALL}"
         (journey,) = houses.gateway.journeys.of("r")

@@ -31,7 +31,7 @@ class KeyRequired:
             try:
                 scope.setdefault("state", {})[CALLER] = self._keys.caller_of(given)
             except ApiError as error:
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

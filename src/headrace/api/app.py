@@ -16,7 +16,7 @@ from headrace import __version__
 from headrace.api.access import KeyRequired
 from headrace.api.bodies import BodyLimit
 from headrace.api.chat import chat_routes
-from headrace.api.cluster import cluster_routes
+from headrace.api.cluster import cluster_routes, refusals
 from headrace.api.completions import completion_routes
 from headrace.api.direct import Direct
 from headrace.api.document import openapi_of
@@ -53,7 +53,7 @@ def create_app(server: Server) -> ASGIApp:
     for router in (*generating, *others):
         app.include_router(router)
     app.openapi = openapi_of(app, keyed=bool(options.keys))  # type: ignore[method-assign]
-    doors: ASGIApp = Idempotency(Direct(app, generating))
+    doors: ASGIApp = Idempotency(Direct(app, generating, refusals(server)))
     if options.keys:
         doors = KeyRequired(doors, KeyRing(options.keys, time.monotonic))
     doors = BodyLimit(

@@ -53,7 +53,8 @@ class BodyLimit:
             return
         body = _Incoming(scope, receive, send, self._max_bytes, self._max_values)
         if length > self._max_bytes:
-            await ApiError.of_status(413, body.too_large()).response()(scope, body.receive, body.send)
+            refused = ApiError.of_status(413, body.too_large()).response(scope)
+            await refused(scope, body.receive, body.send)
         else:
             await self._app(scope, body.receive, body.send)
 

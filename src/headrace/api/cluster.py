@@ -6,6 +6,7 @@ In: the gateway's registry and journeys. Out: JSON, which `headrace status`, `ex
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,7 +20,6 @@ from headrace.api.errors import ApiError
 from headrace.api.origins import check_origin
 from headrace.api.served import Server
 from headrace.cluster.backlog import Queue
-from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
 from headrace.observe.service_levels import Attainment
 
@@ -54,7 +54,8 @@ def cluster_routes(server: Server) -> APIRouter:
         "/cluster/requests/{request_id}", responses={200: {"model": JourneysAnswer}, **errors(403, 404)}
     )
     async def explain(request: Request, request_id: str) -> Response:
-        """What happened to one of the last requests, by the id in its answer; one way for each prompt."""
+        """What happened to one of the last requests, refused ones too, by the `X-Request-Id` of its answer or
+        the `id` in it; one way for each prompt."""
         check_operator(request)
         name = request_id
         for prefix in _ID_PREFIXES:
@@ -65,7 +66,7 @@ def cluster_routes(server: Server) -> APIRouter:
                 404,
                 f"nothing is known of a request {request_id!r}; the last {gateway.journeys.most} are kept",
             )
-        return _json({"requests": [_journey(journey) for journey in found]})
+        return _json({"requests": [journey.as_json() for journey in found]})
 
     @router.post(
         "/cluster/workers/{worker_id}/drain",
@@ -83,6 +84,19 @@ def cluster_routes(server: Server) -> APIRouter:
         return _json({"id": worker_id, "state": member.state, "open_sequences": member.open_samples})
 
     return router
+
+
+def refusals(server: Server) -> Callable[[str, ApiError], None]:
+    """Keeps that a request was refused before it was one for the gateway, as by what its key may use."""
+
+    def refused(request_id: str, error: ApiError) -> None:
+        if error.status in (429, 503):  # all others say what to change in the request
+            now = asyncio.get_running_loop().time()
+            server.gateway.journeys.refused(
+                request_id, now, why=str(error), retry_after_s=error.retry_after_s
+            )
+
+    return refused
 
 
 def _queue(one: Queue) -> dict[str, Any]:
@@ -141,27 +155,6 @@ def _worker(member: Member, now: float) -> dict[str, Any]:
         "kv_layout": info.engine.kv_layout,
         "threads": info.engine.threads,
         "pid": info.engine.pid,
-    }
-
-
-def _journey(journey: Journey) -> dict[str, Any]:
-    return {
-        "id": journey.request_id,
-        "prompt_tokens": journey.prompt_tokens,
-        "events": [
-            {"at_s": round(e.at_s, 6), "what": e.what, "worker": e.worker or None, "detail": e.detail}
-            for e in journey.entries
-        ],
-        "decisions": [
-            {
-                "at_s": round(decision.at_s - journey.began_s, 6),
-                "purpose": decision.purpose,
-                "policy": decision.policy,
-                "rule": decision.rule,
-                "candidates": decision.considered(),
-            }
-            for decision in journey.decisions
-        ],
     }
 
 

@@ -1,8 +1,9 @@
 """The shortest way from a body to a route that generates, and from its answer to the socket.
 
 In: POSTs to the paths of given routers. Out: what their routes answer, or the error object that an error
-handler of the application would have made. All other requests go on to the application, which knows these
-routes as well, documents them, and says which methods they take.
+handler of the application would have made, each with the request's id. All other
+requests go on to the application, which knows these routes as well, documents them, and says which methods
+they take.
 
 FastAPI's own way (matching, exit stacks, dependencies, a layer of senders each for routes and for error
 handlers) takes as much of a core as all that the gateway then does for a request, and a part of each event.
@@ -25,6 +26,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api.errors import ANSWERED, ApiError, answered, failure, unread, validation_error
+from headrace.api.request_ids import header_of, request_id_of
 
 _JSON = "application/json"
 
@@ -32,8 +34,12 @@ _JSON = "application/json"
 class Direct:
     """ASGI middleware, the innermost. Each route takes its body as `body`, validated, and the request."""
 
-    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter]) -> None:
+    def __init__(
+        self, app: ASGIApp, routers: Iterable[APIRouter], refused: Callable[[str, ApiError], None]
+    ) -> None:
+        """`refused` is told of requests that are answered with an error, by their ids."""
         self._app = app
+        self._refused = refused
         self._routes = {
             route.path: _Route(route.endpoint)
             for router in routers
@@ -50,10 +56,14 @@ class Direct:
         try:
             response = await route.answer(Request(scope, receive))
         except ANSWERED as error:
-            response = answered(error).response()
+            answer = answered(error)
+            self._refused(request_id_of(scope), answer)
+            response = answer.response(scope)
         except Exception:
-            await failure().response()(scope, receive, send)
+            await failure().response(scope)(scope, receive, send)
             raise  # for the server's log
+        else:
+            response.raw_headers.append(header_of(scope))
         await response(scope, receive, send)
 
 

@@ -15,7 +15,10 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
+from headrace.api.request_ids import HEADER as REQUEST_ID
+from headrace.api.request_ids import request_id_of
 from headrace.api.schema import spelled
 from headrace.engine import RequestRefused
 from headrace.protocol.requests import ErrorCode, RequestError
@@ -96,8 +99,9 @@ class ApiError(Exception):
             }
         )
 
-    def response(self) -> Response:
-        headers = {}
+    def response(self, scope: Scope | None = None) -> Response:
+        """`scope` is that of a request that may have been one for a model, whose id is told."""
+        headers = {} if scope is None else {REQUEST_ID: request_id_of(scope)}
         if self.status in (429, 503):
             headers["Retry-After"] = str(self.retry_after_s)
         elif self.status == 401:

@@ -7,7 +7,6 @@ A choice is one sample of one prompt: choice = prompt * n + sample.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +57,7 @@ class Generation:
     ) -> None:
         """Submits. Raises RequestRefused for what the gateway does not accept, StepDown for what the smaller
         model of `choice` is to serve, ApiError for what the caller may not have now."""
-        self.id = secrets.token_hex(16)
+        self.id = terms.request_id
         self.model = server.models[choice.model]
         prompts, sampling = prepared.prompts, prepared.sampling
         self.prompts = prompts
@@ -200,8 +199,8 @@ async def generation_of(
     prepared, text = await prepare(server.models[choice.model]), text_options_of(body)
     try:
         return Generation(server, choice, prepared, text, body, terms)
-    except StepDown:
-        smaller = choice.stepped_down()
+    except StepDown as under:
+        smaller = choice.stepped_down(under.pressure)
     in_its_tokens = await prepare(server.models[smaller.model])
     info = server.gateway.info_of(smaller.model)
     if info is not None and max(map(len, in_its_tokens.prompts)) < info.max_model_len:

@@ -96,7 +96,7 @@ class Idempotency:
             if replayed and (caller := caller_of(scope)) is not None:
                 caller.admit_small()  # an answer that is sent again is a request, though it generates nothing
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
             return
         with self._following(run, identity):
             await _follow(run, receive, send, replayed)

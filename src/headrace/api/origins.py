@@ -20,10 +20,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from headrace.api.errors import ApiError
+from headrace.api.request_ids import HEADER as REQUEST_ID
 
 METHODS = ("GET", "POST")
 EXPOSED_HEADERS = (
     *("Retry-After", "Idempotent-Replayed", "X-Should-Retry", "X-Headrace-Degraded", "X-Headrace-Model"),
+    REQUEST_ID,
 )
 """What pages may read of an answer beside its body."""
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from headrace.api.access import caller_of
 from headrace.api.errors import ApiError
 from headrace.api.quota import Admission, Caller
+from headrace.api.request_ids import new_request_id, request_id_of
 from headrace.api.schema import MAX_TIMEOUT_S
 from headrace.api.served import Server
 
@@ -30,6 +31,8 @@ class Terms:
     """Requests of one session are better served by one worker."""
     began_s: float = 0.0
     """When the request's body was there, in the event loop's time; the timeout runs from here."""
+    request_id: str = field(default_factory=new_request_id)
+    """What its answer names, and `headrace explain` takes."""
 
     @classmethod
     def of(cls, server: Server, request: Request, timeout_s: float | None) -> Terms:
@@ -42,7 +45,8 @@ class Terms:
         if (caller := caller_of(request.scope)) is not None:
             caller.begin()
         session = request.headers.get(SESSION_HEADER, "")
-        return cls(caller, min(given, default=None), session, asyncio.get_running_loop().time())
+        began_s = asyncio.get_running_loop().time()
+        return cls(caller, min(given, default=None), session, began_s, request_id_of(request.scope))
 
     @property
     def tenant(self) -> str:

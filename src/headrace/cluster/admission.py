@@ -12,13 +12,13 @@ whoever made the request, and has its text: admission only says so, and the ladd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Band, Slo, WouldWait
+from headrace.cluster.classes import Band, Look, Slo, WouldWait
 from headrace.cluster.expectation import Expectation, Foresight
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
@@ -43,23 +43,37 @@ class Admitted:
 class Admission:
     """For one gateway. Decides on the requests of one client together: all of them, or none."""
 
-    def __init__(self, options: AdmissionOptions, slo: ServiceLevels, foresight: Foresight) -> None:
+    def __init__(
+        self, options: AdmissionOptions, slo: ServiceLevels, foresight: Foresight
+    ) -> None:
         self._options = options
         self._slo = slo
         self._foresight = foresight
         self._tpot_s = TPOT_SHARE * slo.tpot_s
 
-    def admit(self, requests: Sequence[GenerateRequest], choice: Choice | None = None) -> Admitted:
+    def admit(
+        self,
+        requests: Sequence[GenerateRequest],
+        choice: Choice | None = None,
+        tell: Callable[[str, Look | None], None] = lambda step, look: None,
+    ) -> Admitted:
         """Raises WouldWait with the estimate and when to try again; StepDown where the smaller model of their
         `choice` is to serve them.
+
+        `tell` gets each look at what they would wait, after which step of the ladder (empty: as they came).
         """
         options = self._options
         band = Band.of(requests[0].priority)
         if band is Band.HIGH or not (options.early_rejection or options.degrade):
             return Admitted(tuple(requests))
-        taken = [f"model={choice.model}"] if choice is not None and choice.instead_of else []
+        taken = (
+            [f"model={choice.model}"]
+            if choice is not None and choice.instead_of
+            else []
+        )
         worst = max(requests, key=lambda request: len(request.prompt))
         expected = self._foresight.expect(worst)
+        tell("", self._look(expected, band))
         for step in options.degrade:
             pressure = math.inf if expected is None else self._pressure(expected, band)
             if pressure <= step.above:
@@ -72,21 +86,47 @@ class Admission:
                 requests, worst = lower, _lowered(worst, step)
                 taken.append(step.in_words(""))
                 expected = self._foresight.expect(worst)
+                tell(taken[-1], self._look(expected, band))
         if expected is not None and self._refuses(expected, band):
             raise self._refusal(expected, band)
         return Admitted(tuple(requests), tuple(taken))
 
-    def _step_down(self, worst: GenerateRequest, pressure: float, choice: Choice | None) -> None:
+    def _step_down(
+        self, worst: GenerateRequest, pressure: float, choice: Choice | None
+    ) -> None:
         """Raise StepDown where the smaller model is under less; its tokens are taken to be as many."""
         if choice is None or not choice.smaller:
             return
-        smaller = self._foresight.expect(msgspec.structs.replace(worst, model=choice.smaller))
-        if smaller is not None and self._pressure(smaller, Band.of(worst.priority)) < pressure:
-            raise StepDown
+        smaller = self._foresight.expect(
+            msgspec.structs.replace(worst, model=choice.smaller)
+        )
+        if (
+            smaller is not None
+            and self._pressure(smaller, Band.of(worst.priority)) < pressure
+        ):
+            raise StepDown(pressure)
 
     def _limit_s(self, band: Band) -> float:
         """The TTFT above which a request is refused."""
-        return self._options.low_priority_threshold_s if band is Band.LOW else self._slo.ttft_s
+        return (
+            self._options.low_priority_threshold_s
+            if band is Band.LOW
+            else self._slo.ttft_s
+        )
+
+    def _look(self, expected: Expectation | None, band: Band) -> Look | None:
+        if expected is None:
+            return None
+        tpot_limit_s = None if band is Band.LOW else self._tpot_s
+        pressure = self._pressure(expected, band)
+        return Look(
+            band,
+            expected.ttft_s,
+            self._limit_s(band),
+            expected.tpot_s,
+            tpot_limit_s,
+            pressure,
+        )
 
     def _pressure(self, expected: Expectation, band: Band) -> float:
         ttft = expected.ttft_s / self._limit_s(band)
@@ -103,7 +143,9 @@ class Admission:
         limit_s = self._limit_s(band)
         late = expected.ttft_s > limit_s
         name = "first token" if late else "each further token"
-        found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
+        found_s, most_s = (
+            (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
+        )
         retry_after_s = max(1, math.ceil(expected.ttft_s - limit_s)) if late else 1
         return WouldWait(
             Slo.TTFT if late else Slo.TPOT,
@@ -120,7 +162,9 @@ def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
     changes: dict[str, int] = {step.lower: step.to}
     if step.lower == "max_tokens":
         changes["min_tokens"] = min(sampling.min_tokens, step.to)
-    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, **changes))
+    return msgspec.structs.replace(
+        request, sampling=msgspec.structs.replace(sampling, **changes)
+    )
 
 
 def check_room(

@@ -6,6 +6,7 @@ Words that admission decides by and that those who measure count by; nothing is 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode
@@ -32,6 +33,35 @@ class Slo(enum.StrEnum):
 
     TTFT = "ttft"
     TPOT = "tpot"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was foreseen for a request as it stood, against what its class may expect. Times in seconds."""
+
+    band: Band
+    ttft_s: float
+    ttft_limit_s: float
+    tpot_s: float
+    tpot_limit_s: float | None
+    """None where the class is not held to one."""
+    pressure: float
+    """The worse of the two against its limit; above 1 it would be missed."""
+
+    def detail(self) -> dict[str, str | float]:
+        """By name, for a journey."""
+        found: dict[str, str | float] = {
+            "class": self.band,
+            "pressure": round(self.pressure, 4),
+            "ttft_s": self.ttft_s,
+            "ttft_limit_s": self.ttft_limit_s,
+            "tpot_s": self.tpot_s,
+        }
+        return (
+            found
+            if self.tpot_limit_s is None
+            else {**found, "tpot_limit_s": self.tpot_limit_s}
+        )
 
 
 class WouldWait(RequestRefused):

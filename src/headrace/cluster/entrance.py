@@ -2,18 +2,19 @@
 client's call, or none of them.
 
 In: requests, and how their model was chosen. Out: a stream of outputs; or a refusal, after which nothing was
-begun and those who measure know why.
+begun, and those who measure and the requests' journeys know why.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 from headrace.cluster.admission import Admission, check_room
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Refusal
-from headrace.cluster.journey import Journeys
+from headrace.cluster.classes import Look, Refusal
+from headrace.cluster.journey import Journey, Journeys
 from headrace.cluster.ledger import Accepted, Ledger
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.readiness import Readiness
@@ -61,10 +62,21 @@ class Entrance:
     def submit(self, requests: Sequence[GenerateRequest], choice: Choice | None) -> OutputStream:
         """See `Gateway.submit`."""
         requests = self._registry.named(requests)
+        for request in requests:
+            if self._ledger.get(request.request_id) is not None:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+        now = self._world.now()
+        journeys = [self._journeys.begin(r.request_id, len(r.prompt), now) for r in requests]
         try:
-            stream = self._submit(requests, choice)
+            stream = self._submit(requests, choice, journeys)
         except RequestRefused as refused:
-            self._observer.refused(requests[0], Refusal.of(refused))
+            why = Refusal.of(refused)
+            self._refused(journeys, refused, why)
+            self._observer.refused(requests[0], why)
+            raise
+        except BaseException:  # a smaller model is to serve, or a defect
+            for journey in journeys:
+                self._journeys.drop(journey)
             raise
         if stream.degraded:
             self._observer.degraded(requests[0], stream.degraded)
@@ -72,20 +84,32 @@ class Entrance:
             self._observer.accepted(request)
         return stream
 
-    def _submit(self, requests: Sequence[GenerateRequest], choice: Choice | None) -> OutputStream:
+    def _submit(
+        self, requests: Sequence[GenerateRequest], choice: Choice | None, journeys: Sequence[Journey]
+    ) -> OutputStream:
         info = self._readiness.check(requests[0].model)
         limits = ModelLimits(info.max_model_len, info.vocab_size)
         for request in requests:
-            if self._ledger.get(request.request_id) is not None:
-                raise ValueError(f"request id {request.request_id!r} is in use")
             check_request(request, limits)
-        admitted = self._admission.admit(requests, choice)
+        _note_choice(journeys, choice)
+        now = self._world.now()
+
+        def tell(step: str, look: Look | None) -> None:
+            detail = look.detail() if look is not None else {"why": "nothing: no worker could take it now"}
+            for journey in journeys:
+                if step:
+                    journey.note(now, "degraded", why=step)
+                journey.note(now, "foreseen", **detail)
+
+        admitted = self._admission.admit(requests, choice, tell)
         live = self._registry.live(requests[0].model)
         check_room(live, admitted.requests, self._backlog, self._ledger.open_samples)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self._desk.cancel, admitted.degraded)
-        now = self._world.now()
-        accepted = [self._accept(request, stream, now, choice) for request in admitted.requests]
+        accepted = [
+            self._accept(request, stream, journey, now)
+            for request, journey in zip(admitted.requests, journeys, strict=True)
+        ]
         try:
             for one in accepted:
                 self._backlog.enter(one)
@@ -100,15 +124,33 @@ class Entrance:
         return stream
 
     def _accept(
-        self, request: GenerateRequest, stream: OutputStream, now: float, choice: Choice | None
+        self, request: GenerateRequest, stream: OutputStream, journey: Journey, now: float
     ) -> Accepted:
         """From now on the request is owed its endings."""
-        journey = self._journeys.begin(request.request_id, len(request.prompt), now)
         accepted = self._ledger.enter(request, stream, journey, now)
         self._world.trace("gateway.submit", request.request_id)
-        if choice is not None and choice.why:
-            journey.note(now, "version drawn", model=choice.instead_of or choice.model, why=choice.why)
-        if stream.degraded:
-            served = {"instead_of": choice.instead_of} if choice is not None and choice.instead_of else {}
-            journey.note(now, "degraded", why=", ".join(stream.degraded), **served)
         return accepted
+
+    def _refused(self, journeys: Sequence[Journey], refused: RequestRefused, why: Refusal) -> None:
+        """Of all requests of the call together; what was foreseen for them stands before it."""
+        now, error = self._world.now(), refused.error
+        again = {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
+        for journey in journeys:
+            journey.note(now, "refused", why=error.message, reason=why, **again)
+            self._journeys.end(journey)
+
+
+def _note_choice(journeys: Sequence[Journey], choice: Choice | None) -> None:
+    """How the model was chosen, where there was something to choose."""
+    if choice is None:
+        return
+    for journey in journeys:
+        if choice.why:
+            journey.note(
+                journey.began_s, "version drawn", model=choice.instead_of or choice.model, why=choice.why
+            )
+        if choice.instead_of:
+            detail: dict[str, str | float] = {"why": f"model={choice.model}", "instead_of": choice.instead_of}
+            if math.isfinite(choice.pressure):
+                detail["pressure"] = round(choice.pressure, 4)
+            journey.note(journey.began_s, "degraded", **detail)

@@ -1,12 +1,13 @@
 """What happened to a request on its way, step by step, for those who ask afterwards.
 
-In: entries as they happen. Out: by their id the requests that run, and the last `KEPT` that have ended. It
-must not decide anything.
+In: entries as they happen, from before a request is let in. Out: by their id the requests that run, and the
+last `KEPT` that have ended or were refused. It must not decide anything.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,7 @@ KEPT = 1000
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One event, so many seconds after the request was accepted."""
+    """One event, so many seconds after the request came."""
 
     at_s: float
     what: str
@@ -25,7 +26,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Journey(msgspec.Struct):
-    """One request from its acceptance on."""
+    """One request from its coming on."""
 
     request_id: str
     prompt_tokens: int
@@ -34,8 +35,32 @@ class Journey(msgspec.Struct):
     decisions: list[Decision] = []
     """Which workers were chosen, and why, in order."""
 
-    def note(self, now: float, what: str, worker: str = "", **detail: str | int | float) -> None:
+    def note(self, now: float, what: str, worker: str = "", /, **detail: str | int | float) -> None:
         self.entries.append(Entry(now - self.began_s, what, worker, detail))
+
+    def as_json(self) -> dict[str, Any]:
+        """For people and programs that ask; times in seconds from its coming."""
+        found: dict[str, Any] = msgspec.to_builtins(
+            {
+                "id": self.request_id,
+                "prompt_tokens": self.prompt_tokens,
+                "events": [
+                    {"at_s": round(e.at_s, 6), "what": e.what, "worker": e.worker or None, "detail": e.detail}
+                    for e in self.entries
+                ],
+                "decisions": [
+                    {
+                        "at_s": round(decision.at_s - self.began_s, 6),
+                        "purpose": decision.purpose,
+                        "policy": decision.policy,
+                        "rule": decision.rule,
+                        "candidates": decision.considered(),
+                    }
+                    for decision in self.decisions
+                ],
+            }
+        )
+        return found
 
 
 class Journeys:
@@ -51,12 +76,24 @@ class Journeys:
         return journey
 
     def end(self, journey: Journey) -> None:
-        """Nothing more happens to the request."""
-        del self._open[journey.request_id]
+        """Nothing more happens to the request. Idempotent."""
+        self._open.pop(journey.request_id, None)
         self._ended[journey.request_id] = journey
         self._ended.move_to_end(journey.request_id)
         while len(self._ended) > KEPT:
             self._ended.popitem(last=False)
+
+    def drop(self, journey: Journey) -> None:
+        """The request was never made: whoever made it makes another of it."""
+        self._open.pop(journey.request_id, None)
+
+    def refused(self, request_id: str, now: float, **detail: str | int | float) -> None:
+        """A call was refused before it was a request; what is known of it already is left as it is."""
+        known = (request_id, f"{request_id}-0")
+        if not any(name in self._open or name in self._ended for name in known):
+            journey = self.begin(request_id, 0, now)
+            journey.note(now, "refused", **detail)
+            self.end(journey)
 
     @property
     def most(self) -> int:

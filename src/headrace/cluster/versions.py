@@ -32,21 +32,36 @@ class Choice:
     """The model that serves in its place when it is under pressure; empty: none."""
     instead_of: str = ""
     """The model in whose place this one serves."""
+    pressure: float = 0.0
+    """Under which that one was."""
 
-    def stepped_down(self) -> Choice:
-        """The smaller model in place of this one."""
-        return replace(self, model=self.smaller, smaller="", instead_of=self.model)
+    def stepped_down(self, pressure: float) -> Choice:
+        """The smaller model in place of this one, which is under so much pressure."""
+        return replace(
+            self,
+            model=self.smaller,
+            smaller="",
+            instead_of=self.model,
+            pressure=pressure,
+        )
 
 
 class StepDown(Exception):
     """A request that a smaller model is to serve: its text is to be tokenised anew, and submitted for
     `Choice.stepped_down`. Nothing was accepted, refused or counted."""
 
+    def __init__(self, pressure: float) -> None:
+        """Under which the model is that was asked for."""
+        super().__init__(f"a smaller model is to serve: the pressure is {pressure:.4g}")
+        self.pressure = pressure
+
 
 class Versions:
     """The names that one gateway serves."""
 
-    def __init__(self, options: GatewayOptions, serves: Callable[[str], bool], chance: Chance) -> None:
+    def __init__(
+        self, options: GatewayOptions, serves: Callable[[str], bool], chance: Chance
+    ) -> None:
         """`serves` tells whether a model has workers that decode now."""
         self._aliases = {alias.name: alias for alias in options.aliases}
         self._smaller = {model.name: model.smaller for model in options.models}
@@ -67,12 +82,21 @@ class Versions:
         if alias is None:
             return Choice(name, name, smaller=self._smaller.get(name, ""))
         shares = {model: share for model, share in self.of(name).items() if share > 0}
-        there = {model: share for model, share in shares.items() if self._serves(model)} or shares
+        there = {
+            model: share for model, share in shares.items() if self._serves(model)
+        } or shares
         if session:
-            drawn = max(there, key=lambda model: _rank(there[model], name, model, session))
+            drawn = max(
+                there, key=lambda model: _rank(there[model], name, model, session)
+            )
         else:
             (drawn,) = self._chance.choices([*there], [*there.values()])
-        return Choice(name, drawn, _why(alias, shares, there, session), self._smaller_of(alias, drawn))
+        return Choice(
+            name,
+            drawn,
+            _why(alias, shares, there, session),
+            self._smaller_of(alias, drawn),
+        )
 
     def _smaller_of(self, alias: AliasOptions, drawn: str) -> str:
         smaller = alias.smaller or self._smaller.get(drawn, "")
@@ -82,14 +106,25 @@ class Versions:
 def _rank(share: float, name: str, model: str, session: str) -> float:
     """Weighted rendezvous hashing (Schindelhauer and Schomaker 2005): the highest of all versions wins, each
     in proportion to its share, and one that goes moves none of the others' sessions."""
-    digest = blake2b(f"{name}\0{model}\0{session}".encode(errors="surrogatepass"), digest_size=8).digest()
-    unit = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)  # within 0 and 1, and neither
+    digest = blake2b(
+        f"{name}\0{model}\0{session}".encode(errors="surrogatepass"), digest_size=8
+    ).digest()
+    unit = (int.from_bytes(digest, "big") + 1) / (
+        2**64 + 1
+    )  # within 0 and 1, and neither
     return -share / math.log(unit)
 
 
-def _why(alias: AliasOptions, shares: Mapping[str, float], there: Mapping[str, float], session: str) -> str:
+def _why(
+    alias: AliasOptions,
+    shares: Mapping[str, float],
+    there: Mapping[str, float],
+    session: str,
+) -> str:
     total = sum(there.values())
     said = ", ".join(f"{model} {share / total:.0%}" for model, share in there.items())
     gone = [model for model in shares if model not in there]
     without = f"; without {', '.join(gone)}, which no worker serves now" if gone else ""
-    return f"{alias.name} is {said}: by {'its session' if session else 'chance'}{without}"
+    return (
+        f"{alias.name} is {said}: by {'its session' if session else 'chance'}{without}"
+    )
