@@ -2,12 +2,13 @@
 
 Everything but the hardware is real: gateway, routing, schedulers, prefix caches, handoffs run in virtual time
 on modelled workers (docs/simulation.md). The ideal has one cache of the size of all caches together, which
-every worker reads at no cost, so where a request goes matters for queues only: no routing can do better.
+every worker reads at no cost, and its KV blocks travel in no time. So where a request goes matters for queues
+only, which its gateway keeps with policy `cost` as well.
 
 All of them refuse what they foresee to miss its objectives (`qos.early_rejection`): above capacity
-queues would grow and hardly anybody be served in time, whatever the policy. A request counts
-towards goodput when its first token comes within --ttft seconds and its further ones within --tpot
-on average. Requests of the first --warm share of the trace fill the caches and do not count.
+queues would grow and hardly anybody be served in time, whatever the policy. `--admit-all` refuses nothing.
+A request counts towards goodput when its first token comes within --ttft seconds and its further ones within
+--tpot on average. Requests of the first --warm share of the trace fill the caches and do not count.
 
 Prints a table, and writes the curve over rates as an SVG where --plot says so.
 """
@@ -32,10 +33,15 @@ from headrace.sim.fleet_setup import choose_worker
 from headrace.sim.trace import at_rate, read_arrivals
 
 IDEAL = "ideal"
-POLICIES = ("cost", "latency", "prefix", "session", "least_loaded", "power_of_two", "round_robin", "random")
-SIMPLER = ("prefix", "session", "least_loaded", "power_of_two", "round_robin", "random")
+POLICIES = (
+    *("cost", "latency", "capacity", "prefix", "session", "least_loaded", "power_of_two", "round_robin"),
+    "random",
+)
+SIMPLER = ("capacity", "prefix", "session", "least_loaded", "power_of_two", "round_robin", "random")
 CACHE_TOKENS = 1_000_000
 MAX_MODEL_LEN = 131_072
+AT_ONCE = 1e18
+"""Bytes a second."""
 WANTED = 0.9
 """Of the ideal's goodput, for the default policy."""
 
@@ -50,7 +56,7 @@ def run(job: tuple[str, float, argparse.Namespace]) -> Run:
     gateway = replace(
         PLANNED,
         routing=replace(PLANNED.routing, policy=policy),
-        admission=AdmissionOptions(early_rejection=True, reject_on_slo_violation=True),
+        admission=AdmissionOptions(early_rejection=not asked.admit_all, reject_on_slo_violation=True),
         slo=ServiceLevels(ttft_s=asked.ttft, tpot_s=asked.tpot),
     )
     options = FleetOptions(
@@ -59,8 +65,9 @@ def run(job: tuple[str, float, argparse.Namespace]) -> Run:
         decode=asked.decode,
         cache_tokens=CACHE_TOKENS,
         max_model_len=MAX_MODEL_LEN,
-        nic_bytes_per_s=worker.nic_bytes_per_s,
+        nic_bytes_per_s=AT_ONCE if name == IDEAL else worker.nic_bytes_per_s,
         ideal_cache=name == IDEAL,
+        stride=asked.stride,
         gateway=gateway,
     )
     arrivals = at_rate(read_arrivals(asked.trace, MAX_MODEL_LEN)[: asked.requests], rate)
@@ -134,6 +141,10 @@ def main() -> int:
     parser.add_argument("--ttft", type=float, default=10.0, help="objective, seconds (10)")
     parser.add_argument("--tpot", type=float, default=0.1, help="objective, seconds (0.1)")
     parser.add_argument("--warm", type=float, default=0.3, help="share of requests that do not count (0.3)")
+    parser.add_argument("--admit-all", action="store_true", help="refuse nothing")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="decode steps run as one; above 1 foreseen TPOT is wrong (1)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="simulations at a time (1)")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
     parser.add_argument("--json", type=Path, help="write all figures here")

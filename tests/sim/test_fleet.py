@@ -143,26 +143,23 @@ def test_an_ideal_cache_spares_what_any_worker_has_computed() -> None:
     half_s = COST.prefill_seconds(4096, 4096, FLEET.max_num_batched_tokens)
     for one in shared.requests[1:]:
         assert one.ttft_s == pytest.approx(half_s, abs=2e-3)
-    spared = sum(use.spared_tokens for use in shared.workers.values())
-    cached = sum(one.cached_tokens for one in shared.requests)
-    assert spared + cached == 3 * 4096  # by the one cache or by a worker's own
+        assert one.cached_tokens == 4096
 
 
-def test_an_ideal_cache_has_a_size() -> None:
-    cache = IdealCache(4, 2)
-    names = cache.names([1, 2, 3, 4, 5])
-    assert len(names) == 2
-    assert cache.names([1, 2, 3, 4, 5, 6, 7], names)[:2] == names
-    cache.add(names)
-    assert cache.known(cache.names([1, 2, 3, 4, 9, 9])) == 4
-    assert cache.known(cache.names([9, 2, 3, 4])) == 0
-    cache.add(cache.names([8, 8, 7, 7]))
-    assert cache.known(names[:1]) == 2  # and so it was used after those of the other sequence
-    cache.add(cache.names([6, 6]))
-    assert len(cache) == 4
-    assert cache.known(names) == 2
-    with pytest.raises(ValueError, match="at least one block"):
-        IdealCache(0, 2)
+def test_pools_of_an_ideal_cache_have_what_any_of_them_was_given() -> None:
+    cache = IdealCache()
+    first, second = cache.pool(4), cache.pool(4)
+    for number in range(3):
+        (block,) = first.take(1)
+        first.publish(block, bytes([number]))
+    assert (second.cached, second.free, second.held) == (3, 1, 0)
+    assert len(second.take_events()) == 3  # told to gateways as its own
+    second.take(4)
+    (block,) = first.take(1)
+    first.publish(block, b"x")
+    assert second.find(b"x") is None  # all its blocks are in use
+    for pool in (first, second):
+        pool.check()
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -181,7 +178,7 @@ def test_figures_of_a_result_by_hand() -> None:
         Served("c", 2.0, 100, "length", 11, 100, 2.0, 2.5, "d"),  # late
         Served("d", 3.0, 100, "overloaded"),
     ]
-    use = WorkerUse(Role.DECODE, 2.0, 10, 100, 0, 0.0, 0, 0, 0)
+    use = WorkerUse(Role.DECODE, 2.0, 10, 100, 0.0, 0, 0, 0)
     figures = FleetResult(tuple(served), {"d": use}, 8.0, "", 0.0)
     assert figures.span_s == 4.0  # four requests with gaps of a second
     assert figures.goodput(1.0, 0.1) == pytest.approx(2 / 4)

@@ -68,7 +68,7 @@ class FleetOptions:
     nic_bytes_per_s: float = 45e9
     """Of each worker, in each direction, for KV blocks."""
     ideal_cache: bool = False
-    """Whether all workers have one cache, of the size of all of theirs, beside their own."""
+    """Whether all workers have one cache, of the size of all of theirs; see `ideal_cache.py`."""
     gateway: GatewayOptions = PLANNED
     seed: int = 0
 
@@ -87,9 +87,10 @@ class FleetOptions:
     def shape(self) -> ModelledShape:
         """What each of its engines is like; those of one cluster have one shape."""
         blocks = self.cache_tokens // self.block_size
-        workers = self.prefill + self.decode + self.both
+        if self.ideal_cache:
+            blocks *= self.prefill + self.decode + self.both
         return ModelledShape(
-            ideal=IdealCache(workers * blocks, self.block_size) if self.ideal_cache else None,
+            ideal=IdealCache() if self.ideal_cache else None,
             cost=self.cost,
             stride=self.stride,
             max_model_len=self.max_model_len,
@@ -223,7 +224,6 @@ class Fleet:
                 busy_s=executor.busy_s,
                 steps=executor.steps,
                 tokens=executor.tokens,
-                spared_tokens=executor.spared_tokens,
                 sent_bytes=self.adapters.carried_bytes[name],
                 preemptions=counters.preemptions,
                 prefix_queries=counters.prefix_queries,

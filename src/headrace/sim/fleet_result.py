@@ -56,8 +56,6 @@ class WorkerUse:
     steps: int
     tokens: int
     """Computed: prompts and outputs."""
-    spared_tokens: int
-    """That an ideal cache had, of those that were to be computed."""
     sent_bytes: float
     """Of KV blocks, as modelled."""
     preemptions: int

@@ -8,7 +8,7 @@ byte of memory: where blocks travel, the network charges what they stand for (`s
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -39,11 +39,6 @@ class _Row:
     """Where it ends at the latest."""
     done: int = 0
     """Positions that were computed, those included that the scheduler does not know of yet."""
-    spared: int = 0
-    """Positions that an ideal cache has."""
-    tokens: list[int] = field(default_factory=list)
-    """All that is known of it, and the names of its full blocks; kept for an ideal cache only."""
-    names: list[bytes] = field(default_factory=list)
 
 
 class ModelledExecutor(SimExecutor):
@@ -58,25 +53,14 @@ class ModelledExecutor(SimExecutor):
     step_s = 0.0
     token_s = 0.0
 
-    def __init__(
-        self,
-        cost: StepCost,
-        vocab_size: int,
-        num_blocks: int,
-        stride: int = 1,
-        ideal: IdealCache | None = None,
-    ) -> None:
-        """What `ideal` has takes no time here."""
+    def __init__(self, cost: StepCost, vocab_size: int, num_blocks: int, stride: int = 1) -> None:
         self.cost = cost
         self.steps = 0
         """Of the hardware: a step that stands for several counts as these."""
         self.tokens = 0
         """Positions that were computed."""
-        self.spared_tokens = 0
-        """Positions that an ideal cache had, of those that were to be computed."""
         self.busy_s = 0.0
         """Virtual seconds that steps have taken."""
-        self._ideal = ideal
         self._stride = stride
         self._vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
@@ -94,20 +78,12 @@ class ModelledExecutor(SimExecutor):
         states = self._rows
         for start in plan.starts:
             answer = start.prompt_length
-            state = _Row(start.seed, answer, answer + start.sampling.max_tokens)
-            states[start.row] = state
-            if self._ideal is not None:
-                state.tokens = list(start.tokens)
-                state.names = self._ideal.names(state.tokens)
-                state.spared = min(self._ideal.known(state.names), len(state.tokens) - 1)
+            states[start.row] = _Row(start.seed, answer, answer + start.sampling.max_tokens)
         work: list[Row] = []
         stride = self._stride
         for row in plan.rows:
             state, end = states[row.row], row.start + row.count
             done = state.done if state.done > row.start else row.start
-            if state.spared > done:
-                self.spared_tokens += min(state.spared, end) - done
-                done = state.spared
             if end > done:
                 work.append((end - done, done))
             state.done = end
@@ -123,8 +99,6 @@ class ModelledExecutor(SimExecutor):
             tokens.append([(state.seed + p) % vocab_size for p in range(end, end + more)])
             if more > 1:
                 state.done += more - 1
-            if self._ideal is not None:
-                self._remember(self._ideal, state, tokens[-1])
         seconds = self._run(work, tokens)
         loop = asyncio.get_running_loop()
         self._step = loop.create_future()
@@ -150,15 +124,6 @@ class ModelledExecutor(SimExecutor):
         return seconds
 
     @staticmethod
-    def _remember(ideal: IdealCache, state: _Row, brought: list[int]) -> None:
-        """Let all workers have the blocks that this step fills."""
-        full = state.done // ideal.block_size
-        state.tokens += brought
-        if full > len(state.names):
-            state.names = ideal.names(state.tokens, state.names)
-        ideal.add(state.names[:full])
-
-    @staticmethod
     def _deliver(step: asyncio.Future[StepResult], result: StepResult) -> None:
         if not step.done():
             step.set_result(result)
@@ -177,7 +142,7 @@ class ModelledShape(EngineShape):
     stride: int = 1
     """Decode steps that are run as one; see `ModelledExecutor`."""
     ideal: IdealCache | None = None
-    """Of all engines of the cluster; None: each has its own and no more."""
+    """Of the cluster, where its engines have one together; None: each has its own."""
     eos_token_ids: frozenset[int] = frozenset()
     step_s: float = 0.0
     token_s: float = 0.0
@@ -197,7 +162,9 @@ class ModelledShape(EngineShape):
             max_waiting=self.max_waiting,
         )
         cache = KVCache(num_blocks=self.num_blocks, block_size=self.block_size, key=KEY)
-        executor = ModelledExecutor(self.cost, self.vocab_size, self.num_blocks, self.stride, self.ideal)
+        if self.ideal is not None:
+            cache.pool = self.ideal.pool(self.num_blocks)
+        executor = ModelledExecutor(self.cost, self.vocab_size, self.num_blocks, self.stride)
         return Engine(Scheduler(config, cache), executor)
 
     def info(self, engine: Engine) -> EngineInfo:
