@@ -51,6 +51,7 @@ OPTIONS = GatewayOptions(
         AliasOptions(name="mixed", versions=((BIG, 50.0), (SMALL, 50.0))),
         AliasOptions(name="alike", versions=((BIG, 75.0), (BARE, 25.0))),
         AliasOptions(name="to bare", versions=((BIG, 1.0),), smaller=BARE),
+        AliasOptions(name="mute", versions=((BARE, 1.0), (BIG, 0.0))),
     ),
     slo=ServiceLevels(ttft_s=1e-9),
     admission=AdmissionOptions(degrade=(DegradeStep(lower="model", above=1e9),)),
@@ -82,7 +83,7 @@ class SeveralHouse(ApiHouse):
 
     def server(self) -> Server:
         others = (self.texts[SMALL], self.texts[BARE])
-        names = (BIG, SMALL, BARE, "mixed", "alike", "to bare")
+        names = (BIG, SMALL, BARE, "mixed", "alike", "to bare", "mute")
         chance = random.Random(0)
         return Server(self.gateway, self.texts[BIG], self.metrics, chance, others=others, names=names)
 
@@ -161,8 +162,8 @@ def complete(house: ApiHouse, path: str = "completions", **body: Any) -> httpx.R
 
 def test_all_names_are_listed(several: SeveralHouse) -> None:
     cards = httpx.get(f"{several.url}/v1/models").json()["data"]
-    assert [card["id"] for card in cards] == [BIG, SMALL, BARE, "mixed", "alike", "to bare"]
-    assert [card["max_model_len"] for card in cards] == [512, 64, 512, 64, 512, 512]
+    assert [card["id"] for card in cards] == [BIG, SMALL, BARE, "mixed", "alike", "to bare", "mute"]
+    assert [card["max_model_len"] for card in cards] == [512, 64, 512, 64, 512, 512, 512]
     assert [card.get("versions") for card in cards[2:5]] == [
         None,
         {BIG: 0.5, SMALL: 0.5},
@@ -188,7 +189,7 @@ def test_an_unknown_name_is_told_what_there_is(several: SeveralHouse) -> None:
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")
-    names = "'big', 'small', 'bare', 'mixed', 'alike' and 'to bare'"
+    names = "'big', 'small', 'bare', 'mixed', 'alike', 'to bare' and 'mute'"
     assert error["message"] == f"the model 'huge' does not exist here; {names} are served"
 
 
@@ -311,9 +312,40 @@ def test_a_chat_does_not_fall_to_a_model_that_cannot_chat(pressing: SeveralHouse
 
 
 def test_who_cannot_chat_is_told_at_the_start(several: SeveralHouse) -> None:
-    assert untalkative(several.server()) == [
-        "note: chats with alike that fall to bare are refused: no chat template"
+    said = "note: chats with alike go to big alone; without a template: bare"
+    assert untalkative(several.server()) == [said]
+
+
+def test_a_chat_goes_to_a_version_that_can_chat_and_explain_says_so(several: SeveralHouse) -> None:
+    chats = [
+        complete(several, "chat/completions", model="alike", max_tokens=1, user=user)
+        for user in ("", "", "", "", "a", "b", "c", "d", "e", "f")
     ]
+    assert {chat.json()["model"] for chat in chats} == {BIG}
+    (way,) = httpx.get(f"{several.url}/cluster/requests/{chats[0].json()['id'][9:]}").json()["requests"]
+    why = "alike is big 100%: by chance; without bare, which has no chat template"
+    assert way["events"][0]["detail"]["why"] == why
+    drawn = [complete(several, model="alike", max_tokens=1).json()["model"] for _ in range(40)]
+    assert set(drawn) == {BIG, BARE}
+    ids = {"logit_bias": {"1": 1.0}, "max_tokens": 1}
+    assert complete(several, "chat/completions", model="alike", **ids).status_code == 200
+
+
+def test_where_no_version_can_chat_the_name_that_was_asked_for_is_told(several: SeveralHouse) -> None:
+    answer = complete(several, "chat/completions", model="mute")
+    assert answer.status_code == 400
+    assert "no version of 'mute' has a chat template; send a prompt to /v1/completions" in answer.text
+    assert answer.json()["error"]["param"] == "messages"
+
+
+def test_a_conversation_is_tokenised_for_a_version_that_can_chat(several: SeveralHouse) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    answers = [
+        httpx.post(f"{several.url}/tokenize", json={"model": model, "messages": messages})
+        for model in ("alike", BIG, "mute")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 400]
+    assert answers[0].json()["tokens"] == answers[1].json()["tokens"]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,32 @@ def test_a_version_without_weight_gets_nothing_new() -> None:
     assert drawing.of("chat") == {"a": 0.0, "b": 1.0}
 
 
+def test_one_that_cannot_take_a_request_is_left_out_while_there_is_another() -> None:
+    drawing = versions()
+    for session in ("", *map(str, range(50))):
+        choice = drawing.choose("chat", session, unfit=[LARGE], why="which cannot sing")
+        assert choice.model == SMALL
+        assert choice.why.endswith(f"; without {LARGE}, which cannot sing")
+    assert drawing.choose("chat", unfit=[LARGE, SMALL]).model in (LARGE, SMALL)
+    gone = versions(gone=(SMALL,))
+    assert gone.choose("chat", unfit=[LARGE]).model == SMALL  # which has none: the client hears of that
+
+
+def test_sessions_that_could_go_to_all_versions_stay_where_they_are() -> None:
+    drawing = versions(AliasOptions(name="chat", versions=(("a", 1.0), ("b", 1.0), ("c", 1.0))))
+    for number in range(300):
+        anything = drawing.choose("chat", f"s{number}").model
+        without_c = drawing.choose("chat", f"s{number}", unfit=["c"]).model
+        assert without_c == anything or anything == "c"
+
+
+@pytest.mark.parametrize("weight", [1e308, 1e-308, 1.0])
+def test_weights_are_shares_whatever_their_size(weight: float) -> None:
+    drawing = versions(AliasOptions(name="chat", versions=(("a", weight), ("b", weight))))
+    assert drawing.of("chat") == {"a": 0.5, "b": 0.5}
+    assert {drawing.choose("chat").model for _ in range(50)} == {"a", "b"}
+
+
 def test_a_name_of_its_own_is_no_draw() -> None:
     assert versions().choose(LARGE, "s") == Choice(LARGE, LARGE)
 

@@ -7,7 +7,7 @@ never answered by a model of another one than its client had in mind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from headrace.api.errors import ApiError
@@ -30,12 +30,23 @@ def check_model(server: Server, name: str | None) -> None:
 
 
 def choose(server: Server, body: SamplingFields, session: str, *, chat: bool) -> Choice:
-    """The model for a request, and the smaller one that can take its place. Raises a 400 for token ids to a
-    name whose versions have different vocabularies."""
-    choice = server.gateway.versions.choose(body.model or server.names[0], session)
+    """The model for a request, and the smaller one that can take its place.
+
+    A chat goes to a version that has a chat template, where one has. Raises a 400 where none has, and for
+    token ids to a name whose versions have different vocabularies.
+    """
+    name = body.model or server.names[0]
+    versions, silent = _versions(server, name, chat=chat)
+    choice = server.gateway.versions.choose(name, session, unfit=silent, why="which has no chat template")
+    if choice.why and not versions:
+        raise ApiError(
+            400,
+            f"no version of {name!r} has a chat template; send a prompt to /v1/completions",
+            param="messages",
+        )
     field = _field_of_ids(body)
     if field is not None and choice.why:
-        _check_one_vocabulary(server, choice.asked, field)
+        _check_one_vocabulary(server, name, versions, field)
     if choice.smaller:
         model, smaller = server.models[choice.model], server.models[choice.smaller]
         lacks_template = chat and smaller.chat_template is None
@@ -48,26 +59,36 @@ def untalkative(server: Server) -> list[str]:
     """What cannot chat though its name can, in words for people."""
     found = []
     for name in server.names:
-        shares = server.gateway.versions.of(name)
-        silent = [model for model in shares if server.models[model].chat_template is None]
-        if silent and len(silent) < len(shares):
+        others, silent = _versions(server, name, chat=True)
+        if silent and others:
             found.append(
-                f"note: chats with {name} that fall to {', '.join(silent)} are refused: no chat template"
+                f"note: chats with {name} go to {', '.join(others)} alone; without a template: "
+                f"{', '.join(silent)}"
             )
     return found
 
 
-def model_of_text(server: Server, name: str | None) -> ServedModel:
-    """Whose tokenizer and chat template a name stands for; of several versions, those of the heaviest."""
+def model_of_text(server: Server, name: str | None, *, chat: bool = False) -> ServedModel:
+    """Whose tokenizer and chat template a name stands for; of several versions that can take it, those of the
+    heaviest."""
     check_model(server, name)
-    shares = server.gateway.versions.of(name or server.names[0])
-    if len(shares) > 1:
-        _check_one_vocabulary(server, name or server.names[0], "model")
-    return server.models[max(shares, key=lambda model: shares[model])]
+    name = name or server.names[0]
+    versions, silent = _versions(server, name, chat=chat)
+    _check_one_vocabulary(server, name, versions or silent, "model")
+    shares = server.gateway.versions.of(name)
+    return server.models[max(versions or silent, key=lambda model: shares[model])]
 
 
-def _check_one_vocabulary(server: Server, name: str, field: str) -> None:
-    versions = server.gateway.versions.of(name)
+def _versions(server: Server, name: str, *, chat: bool) -> tuple[list[str], list[str]]:
+    """The versions of a name that get requests: those that can take this one, and those that cannot, as they
+    have no chat template."""
+    shares = server.gateway.versions.of(name)
+    drawn = [model for model, share in shares.items() if share > 0]
+    silent = [model for model in drawn if chat and server.models[model].chat_template is None]
+    return [model for model in drawn if model not in silent], silent
+
+
+def _check_one_vocabulary(server: Server, name: str, versions: Sequence[str], field: str) -> None:
     if len({server.models[model].vocabulary for model in versions}) > 1:
         raise ApiError(
             400,

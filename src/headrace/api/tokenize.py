@@ -25,7 +25,7 @@ def tokenize_routes(server: Server) -> APIRouter:
     )
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a prompt, or of a conversation as the model is given it."""
-        model = model_of_text(server, body.model)
+        model = model_of_text(server, body.model, chat=body.messages is not None)
         admit_small(request)
         if body.messages is not None:
             tokens = await conversation_tokens(

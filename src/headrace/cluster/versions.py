@@ -5,13 +5,13 @@ versions gives each its share: by chance, or for a session always the same one w
 not know requests, and what it chose holds to a request's end: no text changes its model midway.
 
     a model's own name ──▶ that model
-    a name of several  ──weights, without those that nobody serves──▶ a version
+    a name of several  ──weights, of those that can take it and that somebody serves──▶ a version
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -37,13 +37,7 @@ class Choice:
 
     def stepped_down(self, pressure: float) -> Choice:
         """The smaller model in place of this one, which is under so much pressure."""
-        return replace(
-            self,
-            model=self.smaller,
-            smaller="",
-            instead_of=self.model,
-            pressure=pressure,
-        )
+        return replace(self, model=self.smaller, smaller="", instead_of=self.model, pressure=pressure)
 
 
 class StepDown(Exception):
@@ -59,9 +53,7 @@ class StepDown(Exception):
 class Versions:
     """The names that one gateway serves."""
 
-    def __init__(
-        self, options: GatewayOptions, serves: Callable[[str], bool], chance: Chance
-    ) -> None:
+    def __init__(self, options: GatewayOptions, serves: Callable[[str], bool], chance: Chance) -> None:
         """`serves` tells whether a model has workers that decode now."""
         self._aliases = {alias.name: alias for alias in options.aliases}
         self._smaller = {model.name: model.smaller for model in options.models}
@@ -73,30 +65,30 @@ class Versions:
         if name not in self._aliases:
             return {name: 1.0}
         versions = self._aliases[name].versions
-        total = sum(weight for _, weight in versions)
-        return {model: weight / total for model, weight in versions}
+        most = max(weight for _, weight in versions)  # whose sum may be beyond what a float can be
+        total = sum(weight / most for _, weight in versions)
+        return {model: weight / most / total for model, weight in versions}
 
-    def choose(self, name: str, session: str = "") -> Choice:
-        """The model for one request; where no version has workers, one of them all the same."""
+    def choose(self, name: str, session: str = "", *, unfit: Collection[str] = (), why: str = "") -> Choice:
+        """The model for one request.
+
+        Versions that are `unfit` for it, as `why` says, are left out where there is another. Where no other
+        version has workers, one of them is drawn all the same.
+        """
         alias = self._aliases.get(name)
         if alias is None:
             return Choice(name, name, smaller=self._smaller.get(name, ""))
         shares = {model: share for model, share in self.of(name).items() if share > 0}
-        there = {
-            model: share for model, share in shares.items() if self._serves(model)
-        } or shares
+        fit = {model: share for model, share in shares.items() if model not in unfit} or shares
+        there = {model: share for model, share in fit.items() if self._serves(model)} or fit
         if session:
-            drawn = max(
-                there, key=lambda model: _rank(there[model], name, model, session)
-            )
+            drawn = max(there, key=lambda model: _rank(there[model], name, model, session))
         else:
             (drawn,) = self._chance.choices([*there], [*there.values()])
-        return Choice(
-            name,
-            drawn,
-            _why(alias, shares, there, session),
-            self._smaller_of(alias, drawn),
-        )
+        told = f"{alias.name} is {_in_words(there)}: by {'its session' if session else 'chance'}"
+        told += _without([model for model in shares if model not in fit], why)
+        told += _without([model for model in fit if model not in there], "which no worker serves now")
+        return Choice(name, drawn, told, self._smaller_of(alias, drawn))
 
     def _smaller_of(self, alias: AliasOptions, drawn: str) -> str:
         smaller = alias.smaller or self._smaller.get(drawn, "")
@@ -106,25 +98,15 @@ class Versions:
 def _rank(share: float, name: str, model: str, session: str) -> float:
     """Weighted rendezvous hashing (Schindelhauer and Schomaker 2005): the highest of all versions wins, each
     in proportion to its share, and one that goes moves none of the others' sessions."""
-    digest = blake2b(
-        f"{name}\0{model}\0{session}".encode(errors="surrogatepass"), digest_size=8
-    ).digest()
-    unit = (int.from_bytes(digest, "big") + 1) / (
-        2**64 + 1
-    )  # within 0 and 1, and neither
+    digest = blake2b(f"{name}\0{model}\0{session}".encode(errors="surrogatepass"), digest_size=8).digest()
+    unit = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)  # within 0 and 1, and neither
     return -share / math.log(unit)
 
 
-def _why(
-    alias: AliasOptions,
-    shares: Mapping[str, float],
-    there: Mapping[str, float],
-    session: str,
-) -> str:
+def _in_words(there: Mapping[str, float]) -> str:
     total = sum(there.values())
-    said = ", ".join(f"{model} {share / total:.0%}" for model, share in there.items())
-    gone = [model for model in shares if model not in there]
-    without = f"; without {', '.join(gone)}, which no worker serves now" if gone else ""
-    return (
-        f"{alias.name} is {said}: by {'its session' if session else 'chance'}{without}"
-    )
+    return ", ".join(f"{model} {share / total:.0%}" for model, share in there.items())
+
+
+def _without(models: Sequence[str], why: str) -> str:
+    return f"; without {', '.join(models)}, {why}" if models else ""
