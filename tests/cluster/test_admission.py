@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from headrace.cluster.admission import Admission, Band
-from headrace.cluster.expectation import Expectation, Foresight
+from headrace.cluster.classes import Expectation
+from headrace.cluster.expectation import Foresight
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.requests import ErrorCode, GenerateRequest, SamplingParams
@@ -25,13 +28,24 @@ def request(priority: int = 0, **sampling: Any) -> GenerateRequest:
 class Foreseen(Foresight):
     """Each sample that is asked for costs so much."""
 
-    def __init__(self, ttft_s: float, tpot_s: float = 0.01, per_sample_s: float = 0.0) -> None:
+    def __init__(
+        self, ttft_s: float, tpot_s: float = 0.01, per_sample_s: float = 0.0, elsewhere_s: float = 0.0
+    ) -> None:
         self._ttft_s, self._tpot_s, self._per_sample_s = ttft_s, tpot_s, per_sample_s
+        self._elsewhere_s = elsewhere_s
         self.asked = 0
 
-    def expect(self, request: GenerateRequest) -> Expectation:
+    def expect(self, requests: Sequence[GenerateRequest]) -> Expectation:
         self.asked += 1
-        return Expectation(self._ttft_s + self._per_sample_s * request.sampling.n, self._tpot_s)
+        samples = sum(request.sampling.n for request in requests)
+        return Expectation(
+            self._ttft_s + self._per_sample_s * samples,
+            self._tpot_s,
+            elsewhere_s=self._elsewhere_s,
+            beside=10.0,
+            row_s=0.01,
+            lasts_s=4.0,
+        )
 
 
 def admission(foresight: Foresight, **options: Any) -> Admission:
@@ -113,20 +127,56 @@ def test_a_step_that_makes_it_fit_saves_it_from_being_refused() -> None:
         admission(Foreseen(0.1, per_sample_s=0.04), **STRICT).admit([request()])
 
 
-def test_the_longest_prompt_speaks_for_all_of_a_client() -> None:
+def test_all_that_a_client_asks_for_in_one_call_is_foreseen_together() -> None:
     class Long(Foresight):
-        def expect(self, request: GenerateRequest) -> Expectation:
-            return Expectation(0.01 * len(request.prompt), 0.0)
+        def expect(self, requests: Sequence[GenerateRequest]) -> Expectation:
+            return Expectation(0.01 * sum(len(request.prompt) for request in requests), 0.0)
 
-    short = request()
-    long = GenerateRequest(request_id="l", prompt=[1] * 50, sampling=short.sampling)
-    with pytest.raises(RequestRefused):
-        admission(Long(), **STRICT).admit([short, long])
+    doors = admission(Long(), **STRICT)
+    assert len(doors.admit([request()] * 6).requests) == 6
+    with pytest.raises(RequestRefused, match="about 210 ms"):
+        doors.admit([request()] * 7)
+
+
+def test_a_step_whose_pressure_is_not_reached_keeps_no_other_from_being_taken() -> None:
+    unordered = (
+        DegradeStep(lower="n", to=1, above=0.9),
+        DegradeStep(lower="max_tokens", to=64, above=0.5),
+    )
+    assert admission(Foreseen(0.12), degrade=unordered).admit([request()]).degraded == ("max_tokens=64",)
+    assert admission(Foreseen(0.19), degrade=unordered).admit([request()]).degraded == (
+        "n=1",
+        "max_tokens=64",
+    )
+
+
+def test_whose_own_prompt_takes_too_long_is_not_told_to_wait_for_others() -> None:
+    class Long(Foresight):
+        def expect(self, requests: Sequence[GenerateRequest]) -> Expectation:
+            return Expectation(4.5, 0.0, own_s=0.21)
+
+    with pytest.raises(RequestRefused, match=r"its own prompt takes 210 ms.* try again in 60 s"):
+        admission(Long(), **STRICT).admit([request()])
+
+
+def test_nothing_is_taken_for_a_wait_that_it_cannot_shorten() -> None:
+    ladder = (*LADDER, DegradeStep(lower="n", to=2, above=0.1))
+    doors = admission(Foreseen(0.17, elsewhere_s=0.13), degrade=ladder)
+    assert doors.admit([request()]).degraded == ("n=2",)  # for the 40 ms of 200 where it is decoded
+
+
+def test_who_finds_too_much_decoded_comes_again_when_enough_of_it_has_ended() -> None:
+    with pytest.raises(RequestRefused) as refused:
+        admission(Foreseen(0.01, tpot_s=0.095), **STRICT).admit([request()])
+    # Each row takes 10 ms: 5 of the 10 beside must end, which last 4 s.
+    assert refused.value.error.retry_after_s == math.ceil(4 * math.log(2))
+    with pytest.raises(RequestRefused, match="try again in 60 s"):  # which is the most
+        admission(Foreseen(0.01, tpot_s=1.0), **STRICT).admit([request()])
 
 
 def test_nobody_there_to_foresee_for_is_no_reason_to_refuse() -> None:
     class Blind(Foresight):
-        def expect(self, request: GenerateRequest) -> None:
+        def expect(self, requests: Sequence[GenerateRequest]) -> None:
             return None
 
     assert admission(Blind(), **STRICT).admit([request()]).requests == (request(),)

@@ -92,10 +92,11 @@ def test_the_wait_behind_others_is_their_work_at_the_rate_of_all() -> None:
     one, other = member("a"), member("b")
     both = table(one, other)
     per_s = float(prediction.prefill_tokens_per_s(both).sum())
-    assert prediction.queue_s(both, both, 0.0, 0.0) == 0.0
-    assert prediction.queue_s(both, both, 3 * per_s, 1.0) == pytest.approx(3.0)
+    assert prediction.computed_in_s(both, 0.0) == 0.0
+    assert prediction.computed_in_s(both, 3 * per_s) == pytest.approx(3.0)
     # 16 rows, and a sequence lasts 5 s where nothing is known: 3.2 rows a second come free.
-    assert prediction.queue_s(both, both, 0.0, 16.0 + 6.4) == pytest.approx(2.0)
+    assert prediction.rows_in_s(both, 6.4) == pytest.approx(2.0)
+    assert prediction.rows_in_s(both, -1.0) == 0.0
 
 
 def test_a_wait_is_longer_for_what_overtakes_it() -> None:

@@ -51,7 +51,9 @@ class Waiting:
         self._journeys = Journeys()
         self.ledger = Ledger()
         delivery = Delivery(world, self.observer, self.ledger, self._over)
-        self.backlog = Backlog(world, self.options, registry, cast(Dispatch, self), delivery, self.observer)
+        self.backlog = Backlog(
+            world, self.options, registry, self.ledger, cast(Dispatch, self), delivery, self.observer
+        )
 
     def ask(self, name: str = "r", *, lost: bool = True, n: int = 1, **fields: Any) -> Accepted:
         """A request that begins to wait now: a new one, or one that `lost` its worker."""
@@ -82,6 +84,9 @@ class Waiting:
     def credit(self, model: str) -> Credit:
         everybody = frozenset() if self.worker.is_full else frozenset(Band)
         return Credit(self.worker.room, everybody, everybody)
+
+    def passes_in_s(self, model: str, tokens: float, samples: float) -> float:
+        return 2.1 * tokens + 2.8 * samples
 
     def place(self, accepted: Accepted) -> Placed:
         if self.worker.is_full:
@@ -166,14 +171,16 @@ def test_a_new_request_waits_longer_than_one_that_lost_its_worker() -> None:
         assert new.samples and not old.samples
         await asyncio.sleep(2 * PATIENCE_S)
         assert not new.samples
-        codes = [
-            output.finish.error.code
+        old_error, new_error = [
+            output.finish.error
             for accepted in (old, new)
             for outputs in [await anext(accepted.stream)]
             for output in outputs
             if output.finish is not None and output.finish.error is not None
         ]
-        assert codes == [ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED]
+        assert (old_error.code, new_error.code) == (ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED)
+        assert old_error.retry_after_s is None
+        assert new_error.retry_after_s == 7 and "try again in 7 s" in new_error.message
         assert waiting.observer.waited_s == [None, None]
         assert waiting.observer.count == 0
         assert not waiting.backlog

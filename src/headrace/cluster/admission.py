@@ -4,7 +4,9 @@
     pressure above a step of the ladder ──▶ degraded      (normal and low)
     pressure above 1 ──▶ refused, with the estimate and when to try again   (normal and low)
 
-Pressure is the predicted TTFT or TPOT against what the class of the request may expect, whichever is worse.
+Pressure is the predicted TTFT or TPOT against what the class of the request may expect, whichever is worse,
+for all that its client asks for in one call. Fewer samples and shorter answers are taken only for what of it
+they can relieve: not for a wait for workers that decode nothing.
 A high-priority request is neither degraded nor refused while there is room. A step to a smaller model is for
 whoever made the request, and has its text: admission only says so, and the ladder begins anew.
 """
@@ -13,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Band, Look, Slo, WouldWait
-from headrace.cluster.expectation import Expectation, Foresight
+from headrace.cluster.classes import Band, Expectation, Look, Slo, WouldWait, retry_after_s
+from headrace.cluster.expectation import Foresight
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
 from headrace.cluster.versions import Choice, StepDown
@@ -43,9 +45,7 @@ class Admitted:
 class Admission:
     """For one gateway. Decides on the requests of one client together: all of them, or none."""
 
-    def __init__(
-        self, options: AdmissionOptions, slo: ServiceLevels, foresight: Foresight
-    ) -> None:
+    def __init__(self, options: AdmissionOptions, slo: ServiceLevels, foresight: Foresight) -> None:
         self._options = options
         self._slo = slo
         self._foresight = foresight
@@ -66,71 +66,56 @@ class Admission:
         band = Band.of(requests[0].priority)
         if band is Band.HIGH or not (options.early_rejection or options.degrade):
             return Admitted(tuple(requests))
-        taken = (
-            [f"model={choice.model}"]
-            if choice is not None and choice.instead_of
-            else []
-        )
-        worst = max(requests, key=lambda request: len(request.prompt))
-        expected = self._foresight.expect(worst)
+        taken = [f"model={choice.model}"] if choice is not None and choice.instead_of else []
+        expected = self._foresight.expect(requests)
         tell("", self._look(expected, band))
         for step in options.degrade:
-            pressure = math.inf if expected is None else self._pressure(expected, band)
+            pressure = math.inf if expected is None else self._relieved_by(step, expected, band)
             if pressure <= step.above:
-                break
+                continue
             if step.lower == "model":
-                self._step_down(worst, pressure, choice)
+                self._step_down(requests, pressure, choice)
                 continue
             lower = [_lowered(request, step) for request in requests]
-            if expected is not None and lower != list(requests):
-                requests, worst = lower, _lowered(worst, step)
+            found = self._foresight.expect(lower) if lower != list(requests) else None
+            if found is not None:
+                requests, expected = lower, found
                 taken.append(step.in_words(""))
-                expected = self._foresight.expect(worst)
                 tell(taken[-1], self._look(expected, band))
         if expected is not None and self._refuses(expected, band):
             raise self._refusal(expected, band)
         return Admitted(tuple(requests), tuple(taken))
 
-    def _step_down(
-        self, worst: GenerateRequest, pressure: float, choice: Choice | None
-    ) -> None:
+    def _step_down(self, requests: Sequence[GenerateRequest], pressure: float, choice: Choice | None) -> None:
         """Raise StepDown where the smaller model is under less; its tokens are taken to be as many."""
         if choice is None or not choice.smaller:
             return
-        smaller = self._foresight.expect(
-            msgspec.structs.replace(worst, model=choice.smaller)
-        )
-        if (
-            smaller is not None
-            and self._pressure(smaller, Band.of(worst.priority)) < pressure
-        ):
+        theirs = [msgspec.structs.replace(request, model=choice.smaller) for request in requests]
+        smaller = self._foresight.expect(theirs)
+        if smaller is not None and self._pressure(smaller, Band.of(requests[0].priority)) < pressure:
             raise StepDown(pressure)
 
     def _limit_s(self, band: Band) -> float:
         """The TTFT above which a request is refused."""
-        return (
-            self._options.low_priority_threshold_s
-            if band is Band.LOW
-            else self._slo.ttft_s
-        )
+        return self._options.low_priority_threshold_s if band is Band.LOW else self._slo.ttft_s
 
     def _look(self, expected: Expectation | None, band: Band) -> Look | None:
         if expected is None:
             return None
         tpot_limit_s = None if band is Band.LOW else self._tpot_s
         pressure = self._pressure(expected, band)
-        return Look(
-            band,
-            expected.ttft_s,
-            self._limit_s(band),
-            expected.tpot_s,
-            tpot_limit_s,
-            pressure,
-        )
+        return Look(band, expected.ttft_s, self._limit_s(band), expected.tpot_s, tpot_limit_s, pressure)
 
     def _pressure(self, expected: Expectation, band: Band) -> float:
         ttft = expected.ttft_s / self._limit_s(band)
         return ttft if band is Band.LOW else max(ttft, expected.tpot_s / self._tpot_s)
+
+    def _relieved_by(self, step: DegradeStep, expected: Expectation, band: Band) -> float:
+        """The pressure that a step can do something about. What fewer samples and shorter answers free are
+        rows, and time of the workers that decode them."""
+        if step.lower != "model":
+            expected = replace(expected, ttft_s=expected.ttft_s - expected.elsewhere_s, elsewhere_s=0.0)
+        return self._pressure(expected, band)
 
     def _refuses(self, expected: Expectation, band: Band) -> bool:
         if not self._options.early_rejection:
@@ -143,15 +128,16 @@ class Admission:
         limit_s = self._limit_s(band)
         late = expected.ttft_s > limit_s
         name = "first token" if late else "each further token"
-        found_s, most_s = (
-            (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
-        )
-        retry_after_s = max(1, math.ceil(expected.ttft_s - limit_s)) if late else 1
+        found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
+        too_long = expected.own_s > limit_s
+        eases_s = 0.0 if band is Band.LOW else expected.eases_in_s(self._tpot_s)
+        again_s = retry_after_s(math.inf if too_long else max(expected.ttft_s - limit_s, eases_s))
+        alone = f", of which its own prompt takes {expected.own_s * 1e3:.0f} ms" if too_long else ""
         return WouldWait(
             Slo.TTFT if late else Slo.TPOT,
-            f"the {name} would take about {found_s * 1e3:.0f} ms, and a request of {band} priority is "
-            f"accepted up to {most_s * 1e3:.0f} ms; try again in {retry_after_s} s",
-            retry_after_s=retry_after_s,
+            f"the {name} would take about {found_s * 1e3:.0f} ms{alone}, and a request of {band} priority is "
+            f"accepted up to {most_s * 1e3:.0f} ms; try again in {again_s} s",
+            retry_after_s=again_s,
         )
 
 
@@ -162,9 +148,7 @@ def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
     changes: dict[str, int] = {step.lower: step.to}
     if step.lower == "max_tokens":
         changes["min_tokens"] = min(sampling.min_tokens, step.to)
-    return msgspec.structs.replace(
-        request, sampling=msgspec.structs.replace(sampling, **changes)
-    )
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, **changes))
 
 
 def check_room(
@@ -193,9 +177,13 @@ def check_room(
     if together > widest:
         message = f"{together} sequences are asked for of one prompt, and a worker takes {widest} at most"
         raise RequestRefused(ErrorCode.INVALID, message, "n")
-    if wanted > backlog.room(requests[0].model):
+    model = requests[0].model
+    if (lacking := wanted - backlog.room(model)) > 0:
+        seconds = backlog.frees_in_s(model, lacking)
+        again_s = retry_after_s(seconds)
         raise RequestRefused(
             ErrorCode.OVERLOADED,
-            f"{open_samples} sequences run or wait, {wanted} more are asked for, and the "
-            f"limit is {most}; try again later",
+            f"{open_samples} sequences run or wait, {wanted} more are asked for, and the limit is {most}; at "
+            f"the present pace there is room in about {seconds:.1f} s: try again in {again_s} s",
+            retry_after_s=again_s,
         )

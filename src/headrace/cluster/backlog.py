@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.cluster.classes import Band
+from headrace.cluster.classes import Band, retry_after_s
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch, Placed
-from headrace.cluster.ledger import Accepted, Stage
+from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.registry import Member, Registry
@@ -48,6 +48,7 @@ class Backlog:
         world: World,
         options: GatewayOptions,
         registry: Registry,
+        ledger: Ledger,
         dispatch: Dispatch,
         delivery: Delivery,
         observer: GatewayObserver,
@@ -55,6 +56,7 @@ class Backlog:
         self._world = world
         self._options = options
         self._registry = registry
+        self._ledger = ledger
         self._dispatch = dispatch
         self._delivery = delivery
         self._observer = observer
@@ -131,12 +133,27 @@ class Backlog:
         waiting = line.samples if line is not None else 0
         return sum(member.room for member in homes if member.takes_more) - waiting
 
-    def ahead(self, request: GenerateRequest) -> Ahead:
-        """What a request that came now would wait for here."""
-        line, now = self._lines.get(request.model), self._world.now()
+    def ahead(self, request: GenerateRequest, others: Sequence[GenerateRequest] = ()) -> Ahead:
+        """What a request that came now would wait for here, behind the `others` of its call."""
+        line, now, band = self._lines.get(request.model), self._world.now(), Band.of(request.priority)
         found = line.ahead(self._place_of(request, Needs())) if line is not None else Ahead()
-        came = self._dispatch.demand[request.model].more_urgent(Band.of(request.priority), now)
-        return replace(found, overtaking_per_s=came.tokens, joining_per_s=came.samples)
+        came = self._dispatch.demand[request.model].more_urgent(band, now)
+        below = self._ledger.open_below(request.model, band)
+        return replace(
+            found,
+            overtaking_per_s=came.tokens,
+            joining_per_s=came.samples,
+            together=sum(one.sampling.n for one in others),
+            together_tokens=sum(len(one.prompt) for one in others) * self._miss_ratio(request.model),
+            yielding=below - (line.samples_below(band) if line is not None else 0),
+        )
+
+    def frees_in_s(self, model: str, samples: int) -> float:
+        """Until so many samples more could be accepted, at the pace of now: as many must have got a worker
+        and ended, with prompts as long as those that wait."""
+        line = self._lines.get(model)
+        tokens = samples * line.tokens / line.samples if line is not None else 0.0
+        return self._dispatch.passes_in_s(model, tokens, samples)
 
     def queues(self) -> Iterable[Queue]:
         """Every class, the most urgent first."""
@@ -243,9 +260,24 @@ class Backlog:
 
     def _end_late(self, accepted: Accepted) -> None:
         if accepted.failures:
-            most_s, code = self._options.replay_timeout_s, ErrorCode.UNAVAILABLE
+            most_s = self._options.replay_timeout_s
             why = f"no other worker was free within {most_s:g} s; send it again"
-        else:
-            most_s, code = self._options.queue.timeout_s, ErrorCode.OVERLOADED
-            why = f"no worker was free for it within {most_s:g} s; try again later"
-        self._delivery.end_all(accepted, why, code)
+            self._delivery.end_all(accepted, why)
+            return
+        model = accepted.request.model
+        line = self._lines[model]
+        ahead = line.ahead(line.place_of(accepted))
+        seconds = self._dispatch.passes_in_s(model, ahead.tokens, ahead.samples)
+        self._end_overloaded(
+            accepted, f"no worker was free for it within {self._options.queue.timeout_s:g} s", seconds
+        )
+
+    def _end_overloaded(self, accepted: Accepted, why: str, seconds: float) -> None:
+        """Its client is told to come again when so many seconds have passed."""
+        again_s = retry_after_s(seconds)
+        self._delivery.end_all(
+            accepted,
+            f"{why}; those who wait before a newcomer take about {seconds:.1f} s: try again in {again_s} s",
+            ErrorCode.OVERLOADED,
+            retry_after_s=again_s,
+        )

@@ -6,6 +6,7 @@ Words that admission decides by and that those who measure count by; nothing is 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 from headrace.engine.limits import RequestRefused
@@ -57,10 +58,44 @@ class Look:
             "ttft_limit_s": self.ttft_limit_s,
             "tpot_s": self.tpot_s,
         }
+        return found if self.tpot_limit_s is None else {**found, "tpot_limit_s": self.tpot_limit_s}
+
+
+MOST_RETRY_S = 60
+"""Nobody is told to stay away for longer: by then much is different."""
+
+
+def retry_after_s(seconds: float) -> int:
+    """When to try again what could be served in so many seconds, infinitely many included."""
+    return max(1, math.ceil(min(seconds, MOST_RETRY_S)))
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What requests of one call are foreseen to find. In seconds."""
+
+    ttft_s: float
+    tpot_s: float
+    elsewhere_s: float = 0.0
+    """Of TTFT, what workers take that decode nothing; fewer samples and shorter answers cannot shorten it."""
+    own_s: float = 0.0
+    """Of TTFT, what computing their own prompts takes; no wait shortens it."""
+    beside: float = 0.0
+    """Samples that decode beside theirs."""
+    row_s: float = 0.0
+    """What each of these adds to TPOT."""
+    lasts_s: float = 0.0
+    """How long each of these lasts, on average."""
+
+    def eases_in_s(self, tpot_s: float) -> float:
+        """Until so many of those beside have ended that TPOT would be this; infinite: it would not be."""
+        too_many = (self.tpot_s - tpot_s) / self.row_s if self.row_s > 0 else math.inf
+        if too_many <= 0:
+            return 0.0
         return (
-            found
-            if self.tpot_limit_s is None
-            else {**found, "tpot_limit_s": self.tpot_limit_s}
+            self.lasts_s * math.log(self.beside / (self.beside - too_many))
+            if too_many < self.beside
+            else math.inf
         )
 
 

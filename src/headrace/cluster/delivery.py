@@ -54,9 +54,16 @@ class Delivery:
             self._end(accepted, sample, output.index, output.finish, now, times)
         accepted.stream.deliver(output)
 
-    def end_all(self, accepted: Accepted, why: str, code: ErrorCode = ErrorCode.UNAVAILABLE) -> None:
+    def end_all(
+        self,
+        accepted: Accepted,
+        why: str,
+        code: ErrorCode = ErrorCode.UNAVAILABLE,
+        *,
+        retry_after_s: int | None = None,
+    ) -> None:
         """End what has not ended of a request."""
-        error = RequestError(code, why)
+        error = RequestError(code, why, retry_after_s=retry_after_s)
         self._finish(accepted, list(accepted.samples), Finish(FinishReason.ERROR, error=error))
 
     def end_cancelled(self, accepted: Accepted) -> None:

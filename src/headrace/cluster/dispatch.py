@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
@@ -16,15 +17,24 @@ import msgspec
 import numpy as np
 
 from headrace.cluster import prediction
-from headrace.cluster.classes import RANKS, Band
+from headrace.cluster.classes import Band, Expectation
 from headrace.cluster.credit import Credit, credit_of, has_credit
 from headrace.cluster.demand import Demand
+from headrace.cluster.facts import Fact
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.ledger import Accepted, Ledger, Leg, Stage
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import Possible, all_prefills, may_split, possible_homes, possible_prefills
+from headrace.cluster.placement import (
+    Possible,
+    all_prefills,
+    every,
+    possible_homes,
+    possible_prefills,
+    why_no_prefill,
+    why_whole,
+)
 from headrace.cluster.registry import Member, Registry
-from headrace.cluster.routing import Decision, Router, Wish
+from headrace.cluster.routing import Candidates, Decision, Router, Wish
 from headrace.cluster.waiting import NOBODY, Ahead
 from headrace.engine.intake import shared_salt
 from headrace.protocol.handoff import Leg as LegKind
@@ -154,7 +164,8 @@ class Dispatch:
         decision, home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
         # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
         begins = 0 in samples and not samples[0].tokens
-        elsewhere = self._elsewhere(request, accepted.prompt, home, uncached) if begins else None
+        where: dict[str, str | float] = {"why": "it goes on after its first token"}
+        elsewhere = self._elsewhere(request, accepted.prompt, home, uncached, where) if begins else None
         if elsewhere is not None and not self._has_credit(elsewhere[0], request):
             return Placed.AWAITS_PREFILL
         accepted.journey.decisions.append(decision)
@@ -182,13 +193,16 @@ class Dispatch:
         accepted.journey.note(
             self._world.now(), "placed", home.worker_id, attempt=accepted.attempts, uncached_tokens=uncached
         )
+        what = "prompt to be computed elsewhere" if split else "prompt to be computed at home"
+        accepted.journey.note(self._world.now(), what, home.worker_id, **where)
         return Placed.YES
 
-    def foresee(self, request: GenerateRequest, ahead: Ahead = NOBODY) -> tuple[float, float] | None:
-        """TTFT and TPOT, in seconds, of a request that came now; None: nobody could take it.
+    def foresee(self, request: GenerateRequest, ahead: Ahead = NOBODY) -> Expectation | None:
+        """What a request that came now would find; None: nobody could take it.
 
-        Before it goes what is `ahead` of it, shared out among all workers that could take it. Beside it
-        decode all that are open, though some will have ended by then: others like it come in their place.
+        Before it goes what is `ahead` of it, shared out among all workers that could take it. Its prompt is
+        computed once it has rows where it is decoded, wherever that is done. Beside it decode all that are
+        open, though some will have ended by then: others like it come in their place.
         """
         samples, now = request.sampling.n, self._world.now()
         possible = possible_homes(self._registry.live(request.model), samples)
@@ -199,39 +213,72 @@ class Dispatch:
         router = self.router_of(request.model)
         among = router.candidates(possible, wish, prompt, now)
         soonest = int(among.ttft_s.argmin())
-        ttft_s = float(among.ttft_s[soonest])
-        urgent = sum(
-            count
-            for (model, band), count in self._ledger.open_by_class.items()
-            if model == request.model and RANKS[band] < RANKS[Band.of(request.priority)]
-        )
+        urgent = self._ledger.open_above(request.model, Band.of(request.priority))
         joined = prediction.joined(possible.facts, ahead.joining_per_s, urgent)
-        tpot_s = float(prediction.tpot_s(joined, wish.prompt_tokens, np.zeros(len(joined))).min())
+        # Those of one request decode together, those of one call where there is the most room.
+        at_one = max(samples, math.ceil((samples + ahead.together) / len(joined)))
+        tpots_s = prediction.tpot_s(joined, wish.prompt_tokens, np.zeros(len(joined)), at_one)
+        calmest = int(tpots_s.argmin())
+        tpot_s = float(tpots_s[calmest])
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
-        computing = possible
         elsewhere = self._elsewhere(request, prompt, home, uncached)
-        if elsewhere is not None:
-            computing, ttft_s = elsewhere
-        ttft_s += prediction.queue_s(possible.facts, computing.facts, ahead.tokens, ahead.samples)
-        return ttft_s * prediction.stretch(computing.facts, ahead.overtaking_per_s), tpot_s
+        computing, candidates = elsewhere or (possible, among)
+        own_s, queue_s = candidates.computing_s(int(candidates.ttft_s.argmin()))
+        together_s = prediction.computed_in_s(computing.facts, ahead.together_tokens)
+        queue_s += prediction.computed_in_s(computing.facts, ahead.tokens)
+        rows_s = _rows_in_s(possible, ahead, samples, request.sampling.max_tokens * tpot_s)
+        stretch = prediction.stretch(computing.facts, ahead.overtaking_per_s)
+        ttft_s = own_s + max(queue_s + together_s, rows_s)
+        beside = bool(computing.facts[:, Fact.DECODES].any())
+        return Expectation(
+            ttft_s * stretch,
+            tpot_s,
+            elsewhere_s=0.0 if beside else (ttft_s - rows_s) * stretch,
+            own_s=own_s + together_s,
+            beside=float(joined[calmest, Fact.OPEN_SAMPLES]),
+            row_s=float(prediction.row_s(joined, wish.prompt_tokens)[calmest]),
+            lasts_s=float(joined[calmest, Fact.DECODE_S]),
+        )
+
+    def passes_in_s(self, model: str, tokens: float, samples: float) -> float:
+        """Until the workers of a model have computed so many prompt tokens, and so many sequences have ended
+        there, at the pace of now."""
+        live = every(self._registry.live(model))
+        homes = live.those(live.facts[:, Fact.DECODES] != 0)
+        computing = all_prefills(live.members, self._options.split) or homes
+        return max(
+            prediction.computed_in_s(computing.facts, tokens), prediction.rows_in_s(homes.facts, samples)
+        )
 
     def _elsewhere(
-        self, request: GenerateRequest, prompt: Prompt, home: Member, uncached: float
-    ) -> tuple[Possible, float] | None:
-        """Who could prefill a prompt of which so many tokens are to be computed at its home, and the soonest
-        one's predicted TTFT; None: it is the home's to compute.
+        self,
+        request: GenerateRequest,
+        prompt: Prompt,
+        home: Member,
+        uncached: float,
+        noted: dict[str, str | float] | None = None,
+    ) -> tuple[Possible, Candidates] | None:
+        """Who could prefill a prompt of which so many tokens are to be computed at its home, and what is
+        known of them; None: it is the home's to compute. `noted` gets why, and the numbers that decided.
         """
-        if not may_split(request, home, uncached, self._options.split):
+        noted = {} if noted is None else noted
+        policy = self._options.split
+        noted |= {"uncached_tokens": uncached, "prompt_length_threshold": policy.prompt_length_threshold}
+        if why := why_whole(request, home, uncached, policy):
+            noted["why"] = why
             return None
         possible = self.possible_prefills(home)
         if not possible:
+            noted["why"] = why_no_prefill(self._registry.live(home.model), home)
             return None
         wish = Wish.of(request, len(prompt.tokens), 1)
         among = self.router_of(request.model).candidates(possible, wish, prompt, self._world.now())
         soonest = int(among.ttft_s.argmin())
-        if uncached <= WORTH * float(among.uncached_tokens[soonest]):
-            return None
-        return possible, float(among.ttft_s[soonest])
+        theirs = float(among.uncached_tokens[soonest])
+        there = among.members[soonest].worker_id
+        noted |= {"soonest": there, "uncached_there": theirs, "offloaded_above": WORTH}
+        noted["why"] = f"its home lacks {uncached / theirs:.2f} of what {there} does, the soonest to prefill it"
+        return (possible, among) if uncached > WORTH * theirs else None
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
@@ -278,6 +325,19 @@ class Dispatch:
         if model not in self._routers:
             self._routers[model] = self._new_router()
         return self._routers[model]
+
+
+def _rows_in_s(homes: Possible, ahead: Ahead, samples: int, lasts_s: float) -> float:
+    """Until the last sample of a request has a row, and those of its call; each of these lasts at most so
+    long."""
+    facts = homes.facts
+    rows = float(facts[:, Fact.ROWS].sum())
+    others = max(0.0, float(facts[:, Fact.OPEN_SAMPLES].sum()) - ahead.yielding) + ahead.samples
+    own = samples + ahead.together
+    behind_others = min(max(others + own - rows, 0.0), max(others + 1 - rows, 0.0))
+    behind_own = max(others + own - rows, 0.0) - behind_others
+    mean_s = float(facts[:, Fact.DECODE_S].mean())
+    return prediction.rows_in_s(facts, behind_others) + behind_own / rows * min(lasts_s, mean_s)
 
 
 def _as_sent(request: GenerateRequest, leg_name: str) -> GenerateRequest:

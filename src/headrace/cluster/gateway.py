@@ -73,7 +73,7 @@ class Gateway:
         self._dispatch = Dispatch(world, self._options, self.registry, self._ledger, self, report)
         self._delivery = Delivery(world, self._observer, self._ledger, self._forget)
         self.backlog = Backlog(
-            world, self._options, self.registry, self._dispatch, self._delivery, self._observer
+            world, self._options, self.registry, self._ledger, self._dispatch, self._delivery, self._observer
         )
         admission = self._options.admission
         naive = admission.policy == "naive"

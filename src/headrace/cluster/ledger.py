@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from headrace.cluster.classes import Band
+from headrace.cluster.classes import RANKS, Band
 from headrace.cluster.holdings import Prompt
 from headrace.cluster.journey import Journey
 from headrace.cluster.registry import Member
@@ -160,6 +160,14 @@ class Ledger:
         request = accepted.request
         self.open_samples += change
         self.open_by_class[request.model, Band.of(request.priority)] += change
+
+    def open_below(self, model: str, band: Band) -> int:
+        """Samples of less urgent classes that have not ended."""
+        return sum(self.open_by_class[model, other] for other in Band if RANKS[other] > RANKS[band])
+
+    def open_above(self, model: str, band: Band) -> int:
+        """Likewise of more urgent ones."""
+        return sum(self.open_by_class[model, other] for other in Band if RANKS[other] < RANKS[band])
 
     def of_leg(self, name: str) -> Accepted | None:
         """The request that a worker speaks of, if it is still that worker's."""

@@ -42,6 +42,7 @@ class Pace:
         """Of 1, t, h, tt, th, hh, s, st, sh over the steps, with t tokens, h held, s seconds."""
         self._unsettled = 0
         self._steps = 0
+        self._answers = 1
         self._tell((FIRST_BASE_S, FIRST_TOKEN_S, 0.0))
         facts[Fact.DECODE_S] = FIRST_DECODE_S
 
@@ -66,7 +67,8 @@ class Pace:
     def ended(self, times: SequenceTimes) -> None:
         """A sequence has ended there."""
         if times.decode_s is not None:
-            self._facts[Fact.DECODE_S] += 0.05 * (times.decode_s - self._facts[Fact.DECODE_S])
+            self._answers = min(self._answers + 1, 20)  # the guess counts as the first
+            self._facts[Fact.DECODE_S] += (times.decode_s - self._facts[Fact.DECODE_S]) / self._answers
 
     def _tell(self, fit: tuple[float, float, float]) -> None:
         self._facts[Fact.BASE_S : Fact.PER_HELD_S + 1] = fit

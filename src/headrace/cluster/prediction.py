@@ -29,29 +29,48 @@ def prefill_tokens_per_s(facts: Table) -> Column:
     return prefill_room(facts) / np.maximum(step_s(facts, facts[:, Fact.BUDGET], facts[:, Fact.HELD]), 1e-9)
 
 
-def ttft_s(facts: Table, tokens: Column) -> Column:
-    """Until so many tokens, queued ones and a request's own, are computed, and the request has a row."""
+def computing_s(facts: Table, tokens: Column) -> Column:
+    """Until so many prompt tokens are computed, beside what decodes now."""
     steps = np.ceil(tokens / prefill_room(facts))
     running = np.minimum(facts[:, Fact.RUNNING], facts[:, Fact.BUDGET] - 1)
-    computing_s = steps * step_s(facts, running, facts[:, Fact.HELD]) + facts[:, Fact.PER_TOKEN_S] * tokens
+    found: Column = steps * step_s(facts, running, facts[:, Fact.HELD]) + facts[:, Fact.PER_TOKEN_S] * tokens
+    return found
+
+
+def ttft_s(facts: Table, tokens: Column) -> Column:
+    """Until so many tokens, queued ones and a request's own, are computed, and the request has a row."""
     over = np.maximum(facts[:, Fact.OPEN_SAMPLES] + 1 - facts[:, Fact.ROWS], 0.0)
     waiting_s: Column = over / facts[:, Fact.ROWS] * facts[:, Fact.DECODE_S]
-    return computing_s + waiting_s
+    return computing_s(facts, tokens) + waiting_s
 
 
-def tpot_s(facts: Table, context_tokens: float, after_s: Column) -> Column:
-    """A step's time once a request decodes there after `after_s`: some that run now will have ended by then,
-    and of those that wait now some will run.
+def tpot_s(facts: Table, context_tokens: float, after_s: Column, samples: float = 1) -> Column:
+    """A step's time once so many samples of a request decode there after `after_s`: some that run now will
+    have ended by then, and of those that wait now some will run.
 
     Sequences last DECODE_S on average, exponentially, and those that come do so evenly until then.
     """
     running, rows = facts[:, Fact.RUNNING], facts[:, Fact.ROWS]
+    own = np.minimum(samples, rows)
     lives = np.maximum(after_s / np.maximum(facts[:, Fact.DECODE_S], 1e-3), 1e-9)
     staying = running * np.exp(-lives)
     coming = np.maximum(facts[:, Fact.OPEN_SAMPLES] - running, 0.0) * -np.expm1(-lives) / lives
-    others = np.minimum(rows - 1, staying + coming)
-    each = np.where(running > 0, facts[:, Fact.HELD] / np.maximum(running, 1.0), context_tokens)
-    return step_s(facts, others + 1 + facts[:, Fact.PREFILLED], others * each + context_tokens)
+    others = np.minimum(rows - own, staying + coming)
+    each = _held_by_one(facts, context_tokens)
+    return step_s(facts, others + own + facts[:, Fact.PREFILLED], others * each + own * context_tokens)
+
+
+def row_s(facts: Table, context_tokens: float) -> Column:
+    """What one sequence that decodes adds to a step."""
+    seconds: Column = facts[:, Fact.PER_TOKEN_S] + facts[:, Fact.PER_HELD_S] * _held_by_one(
+        facts, context_tokens
+    )
+    return seconds
+
+
+def _held_by_one(facts: Table, context_tokens: float) -> Column:
+    running = facts[:, Fact.RUNNING]
+    return np.where(running > 0, facts[:, Fact.HELD] / np.maximum(running, 1.0), context_tokens)
 
 
 def busy(facts: Table, now: float) -> Column:
@@ -65,16 +84,16 @@ def decode_load(facts: Table) -> Column:
     return np.maximum(facts[:, Fact.OPEN_SAMPLES] / facts[:, Fact.ROWS], facts[:, Fact.HELD_SHARE])
 
 
-def queue_s(homes: Table, computing: Table, tokens: float, samples: float) -> float:
-    """Until so many prompt tokens are computed by some workers together, and so many sequences have got rows
-    of those that decode: what a request waits that has all of these before it, and no worker yet."""
-    if not tokens and not samples:
+def computed_in_s(computing: Table, tokens: float) -> float:
+    """Until some workers have computed so many prompt tokens together."""
+    return tokens / max(float(prefill_tokens_per_s(computing).sum()), 1e-9) if tokens else 0.0
+
+
+def rows_in_s(homes: Table, samples: float) -> float:
+    """Until so many sequences have left the rows of these workers, all of which are in use."""
+    if samples <= 0:
         return 0.0
-    computing_s = tokens / max(float(prefill_tokens_per_s(computing).sum()), 1e-9)
-    rows = homes[:, Fact.ROWS]
-    free = float(np.maximum(rows - homes[:, Fact.OPEN_SAMPLES], 0.0).sum())
-    ends_per_s = float((rows / np.maximum(homes[:, Fact.DECODE_S], 1e-3)).sum())
-    return max(computing_s, (samples - free) / max(ends_per_s, 1e-9))
+    return samples / max(float((homes[:, Fact.ROWS] / np.maximum(homes[:, Fact.DECODE_S], 1e-3)).sum()), 1e-9)
 
 
 MOST_STRETCH = 20.0

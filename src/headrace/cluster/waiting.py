@@ -66,6 +66,12 @@ class Ahead:
     """Tokens of more urgent newcomers, every second that it waits."""
     joining_per_s: float = 0.0
     """Samples of these, every second that it decodes."""
+    together: int = 0
+    """Samples of others that came with it, in one call."""
+    together_tokens: float = 0.0
+    """Of their prompts."""
+    yielding: int = 0
+    """Samples of less urgent classes at workers, which leave their rows to it."""
 
 
 NOBODY = Ahead()
@@ -167,6 +173,14 @@ class Waiting(Generic[T]):
     @property
     def samples(self) -> int:
         return sum(band.samples for band in self._bands.values())
+
+    @property
+    def tokens(self) -> float:
+        return sum(band.tokens for band in self._bands.values())
+
+    def samples_below(self, band: Band) -> int:
+        """Of those that are less urgent."""
+        return sum(one.samples for name, one in self._bands.items() if RANKS[name] > RANKS[band])
 
     def add(self, item: T, place: Place, *, again: bool = False) -> None:
         """An item begins to wait; one that comes `again` before all others of its band, and is not charged.

@@ -48,13 +48,19 @@ class Candidates:
         """Prompt tokens that are to be computed there first, those on their way to it included."""
         self.ttft_s = prediction.ttft_s(facts, self.queued_tokens + self.uncached_tokens)
         """Predicted time to the first token of this request."""
-        self.tpot_s = prediction.tpot_s(facts, wish.prompt_tokens, self.ttft_s)
+        self.tpot_s = prediction.tpot_s(facts, wish.prompt_tokens, self.ttft_s, wish.samples)
         """Predicted time for each output token, with what will be decoded there when the prefill ends."""
         self.age_s: Column = now - facts[:, Fact.TOLD_S]
         """How old what a worker said of itself is; infinite for one that has said nothing yet."""
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def computing_s(self, index: int) -> tuple[float, float]:
+        """What computing the prompt takes at one of them, and what is queued there before it."""
+        own = float(prediction.computing_s(self._facts, self.uncached_tokens)[index])
+        both = float(prediction.computing_s(self._facts, self.queued_tokens + self.uncached_tokens)[index])
+        return own, both - own
 
     @property
     def step_tokens(self) -> Column:
