@@ -13,7 +13,7 @@ from test_routing import House
 from headrace.api.options import gateway_options
 from headrace.cluster.admission import Admission
 from headrace.cluster.options import GatewayOptions
-from headrace.cluster.placement import may_split, possible_prefills
+from headrace.cluster.placement import every, possible_prefills, why_whole
 from headrace.config.reading import read_cluster
 from headrace.engine.limits import RequestRefused
 from headrace.protocol.messages import Role
@@ -34,13 +34,13 @@ def chosen(house: Callable[..., House]) -> Decides:
 
 def offloads(asked: GatewayOptions) -> bool:
     request = GenerateRequest(request_id="r", prompt=[1] * 300, sampling=SamplingParams(max_tokens=1))
-    return may_split(request, member("home", Role.DECODE), 300, asked.split)
+    return not why_whole(request, member("home", Role.DECODE), 300, asked.split)
 
 
 def finds_a_prefill_worker(asked: GatewayOptions) -> bool:
     busy = member("busy", Role.PREFILL)
     busy.exports = 10
-    return bool(possible_prefills([busy], member("home", Role.DECODE), asked.split))
+    return bool(possible_prefills(every([busy]), member("home", Role.DECODE), asked.split))
 
 
 def hot(**routing: object) -> House:

@@ -95,6 +95,7 @@ def test_a_long_prompt_is_prefilled_there_and_decoded_here() -> None:
         check(cluster, r, await collect(cluster.gateway.submit(r)))
         assert whats(cluster, "long") == [
             "placed",
+            "offloaded",
             "reserved",
             "prefill placed",
             "first token",

@@ -60,7 +60,8 @@ def chat_routes(server: Server) -> APIRouter:
         except RequestRefused as refusal:
             error = refusal.error
             field = "messages" if error.field == "prompt" else error.field  # where the client finds it
-            raise RequestRefused(error.code, error.message, field) from None
+            again_s = error.retry_after_s
+            raise RequestRefused(error.code, error.message, field, retry_after_s=again_s) from None
         if body.stream:
             writer = _ChatChunks(generation, body)
             return await stream_response(request.receive, generation, writer, body.include_usage)

@@ -64,7 +64,8 @@ def cluster_routes(server: Server) -> APIRouter:
         if not found:
             raise ApiError(
                 404,
-                f"nothing is known of a request {request_id!r}; the last {gateway.journeys.most} are kept",
+                f"nothing is known of a request {request_id!r}; the last {gateway.journeys.most} are kept, "
+                "and as many that were refused",
             )
         return _json({"requests": [journey.as_json() for journey in found]})
 

@@ -193,7 +193,7 @@ class Dispatch:
         accepted.journey.note(
             self._world.now(), "placed", home.worker_id, attempt=accepted.attempts, uncached_tokens=uncached
         )
-        what = "prompt to be computed elsewhere" if split else "prompt to be computed at home"
+        what = "offloaded" if split else "not offloaded"
         accepted.journey.note(self._world.now(), what, home.worker_id, **where)
         return Placed.YES
 
@@ -277,7 +277,7 @@ class Dispatch:
         theirs = float(among.uncached_tokens[soonest])
         there = among.members[soonest].worker_id
         noted |= {"soonest": there, "uncached_there": theirs, "offloaded_above": WORTH}
-        noted["why"] = f"its home lacks {uncached / theirs:.2f} of what {there} does, the soonest to prefill it"
+        noted["why"] = f"its home lacks {uncached / theirs:.2f} of what {there} does, soonest to prefill it"
         return (possible, among) if uncached > WORTH * theirs else None
 
     def possible_prefills(self, home: Member) -> Possible:

@@ -104,6 +104,7 @@ class Entrance:
         admitted = self._admission.admit(requests, choice, tell)
         live = self._registry.live(requests[0].model)
         check_room(live, admitted.requests, self._backlog, self._ledger.open_samples)
+        self._backlog.make_room(admitted.requests)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self._desk.cancel, admitted.degraded)
         accepted = [
@@ -137,7 +138,7 @@ class Entrance:
         again = {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
         for journey in journeys:
             journey.note(now, "refused", why=error.message, reason=why, **again)
-            self._journeys.end(journey)
+            self._journeys.refuse(journey)
 
 
 def _note_choice(journeys: Sequence[Journey], choice: Choice | None) -> None:

@@ -1,12 +1,13 @@
 """What happened to a request on its way, step by step, for those who ask afterwards.
 
 In: entries as they happen, from before a request is let in. Out: by their id the requests that run, and the
-last `KEPT` that have ended or were refused. It must not decide anything.
+last `KEPT` that have ended, and as many that were refused. It must not decide anything.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -64,11 +65,13 @@ class Journey(msgspec.Struct):
 
 
 class Journeys:
-    """The requests that run, whose number the workers' queues bound, and the last that have ended."""
+    """The requests that run, whose number the workers' queues bound, and the last that have ended; beside
+    these, so that a flood of them drives out none that was served, the last that were refused."""
 
     def __init__(self) -> None:
         self._open: dict[str, Journey] = {}
         self._ended: OrderedDict[str, Journey] = OrderedDict()
+        self._refused: OrderedDict[str, Journey] = OrderedDict()
 
     def begin(self, request_id: str, prompt_tokens: int, now: float) -> Journey:
         journey = Journey(request_id, prompt_tokens, now, [], [])
@@ -76,12 +79,12 @@ class Journeys:
         return journey
 
     def end(self, journey: Journey) -> None:
-        """Nothing more happens to the request. Idempotent."""
-        self._open.pop(journey.request_id, None)
-        self._ended[journey.request_id] = journey
-        self._ended.move_to_end(journey.request_id)
-        while len(self._ended) > KEPT:
-            self._ended.popitem(last=False)
+        """Nothing more happens to the request."""
+        self._close(journey, self._ended)
+
+    def refuse(self, journey: Journey) -> None:
+        """The request is not accepted."""
+        self._close(journey, self._refused)
 
     def drop(self, journey: Journey) -> None:
         """The request was never made: whoever made it makes another of it."""
@@ -90,19 +93,37 @@ class Journeys:
     def refused(self, request_id: str, now: float, **detail: str | int | float) -> None:
         """A call was refused before it was a request; what is known of it already is left as it is."""
         known = (request_id, f"{request_id}-0")
-        if not any(name in self._open or name in self._ended for name in known):
+        if not any(name in journeys for name in known for journeys in self._all):
             journey = self.begin(request_id, 0, now)
             journey.note(now, "refused", **detail)
-            self.end(journey)
+            self.refuse(journey)
 
     @property
     def most(self) -> int:
-        """How many of the ended are kept."""
+        """How many of the ended are kept, and of the refused."""
         return KEPT
 
     def of(self, name: str) -> list[Journey]:
         """The request of this id, or all that were made of it: NAME-0, NAME-1, … for its prompts."""
-        if (exact := self._open.get(name) or self._ended.get(name)) is not None:
-            return [exact]
-        known = {**self._ended, **self._open}
-        return [journey for key, journey in known.items() if key.rpartition("-")[0] == name]
+        for journeys in self._all:
+            if name in journeys:
+                return [journeys[name]]
+        return [
+            journey
+            for journeys in reversed(self._all)
+            for key, journey in journeys.items()
+            if key.rpartition("-")[0] == name
+        ]
+
+    @property
+    def _all(self) -> tuple[Mapping[str, Journey], ...]:
+        return self._open, self._ended, self._refused
+
+    def _close(self, journey: Journey, where: OrderedDict[str, Journey]) -> None:
+        name = journey.request_id
+        self._open.pop(name, None)
+        self._ended.pop(name, None)  # that of an id which was used before, or what was taken back
+        self._refused.pop(name, None)
+        where[name] = journey
+        if len(where) > KEPT:
+            where.popitem(last=False)

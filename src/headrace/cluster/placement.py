@@ -77,14 +77,25 @@ def all_prefills(members: Iterable[Member], policy: SplitPolicy) -> Possible:
     return others.those(dedicated if dedicated.any() else fit)
 
 
-def may_split(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> bool:
-    """Whether so much of a prompt is to be computed that another worker should, as far as the gateway knows.
+def why_whole(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> str:
+    """Why a prompt is its home's to compute; empty where so much of it is to be computed that another worker
+    should, as far as the gateway knows.
 
     Log-probabilities of the prompt are a by-product of its prefill, so such a prompt is prefilled where its
     answer comes from.
     """
-    return (
-        home.info.transfers
-        and uncached_tokens > policy.prompt_length_threshold
-        and request.sampling.prompt_logprobs is None
+    if request.sampling.prompt_logprobs is not None:
+        return "log-probabilities of the prompt are asked for"
+    if uncached_tokens <= policy.prompt_length_threshold:
+        return "no more of it is to be computed than prompt_length_threshold"
+    return "" if home.info.transfers else "its home fetches no blocks from others"
+
+
+def why_no_prefill(members: Iterable[Member], home: Member) -> str:
+    """Why nobody of these may prefill for `home`."""
+    others = [member.info.role for member in members if member is not home]
+    helps = any(
+        role.prefills_for_others and not (role.decodes and home.info.role.prefills_for_others)
+        for role in others
     )
+    return "no prefill worker has room" if helps else "no other worker prefills for its home"
