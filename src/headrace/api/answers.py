@@ -289,6 +289,7 @@ class ConsideredAnswer(_Answer):
     ttft_s: float
     tpot_s: float
     age_s: float | None
+    heard_s_ago: float
 
 
 class DecisionAnswer(_Answer):

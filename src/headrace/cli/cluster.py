@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from headrace.cli.errors import clear_errors
+from headrace.cli.journeys import journey_lines
 
 TIMEOUT_S = 10.0
 WIDTH = 160
@@ -37,12 +38,15 @@ def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 
 
 def explain(
-    request: Annotated[str, typer.Argument(help="The id in the request's answer.", show_default=False)],
+    request: Annotated[
+        str, typer.Argument(help="The id in the answer, or its X-Request-Id.", show_default=False)
+    ],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show what happened to REQUEST: where it went, what was transferred, how it ended."""
+    """Show what happened to REQUEST: where it went and why, what was transferred, how it ended; or why it was
+    refused."""
     with clear_errors():
         answer = ask(
             url,
@@ -70,60 +74,6 @@ def drain(
         path = f"/cluster/workers/{_in_path('WORKER', worker)}/drain"
         answer = ask(url, path, api_key, method="POST", expects=("open_sequences",))
         print(f"{worker} drains: {answer['open_sequences']} sequences to end", file=sys.stderr)
-
-
-def journey_lines(journey: dict[str, Any]) -> list[str]:
-    """One request's way in words, an event a line."""
-    lines = [f"request {journey['id']}, {journey['prompt_tokens']} prompt tokens"]
-    for event in journey["events"]:
-        where = f" [{event['worker']}]" if event["worker"] else ""
-        detail = ", ".join(_detail(name, value) for name, value in event["detail"].items())
-        lines.append(
-            f"  {event['at_s'] * 1e3:9.1f} ms  {event['what']}{where}{f'  ({detail})' if detail else ''}"
-        )
-    for decision in journey["decisions"]:
-        lines += decision_lines(decision)
-    return lines
-
-
-MOST_CANDIDATES = 8
-"""Of a decision, so many are shown to people; `--json` has all."""
-
-
-def decision_lines(decision: dict[str, Any]) -> list[str]:
-    """Why one worker was chosen, in words, a candidate a line."""
-    candidates = decision["candidates"]
-    lines = [
-        f"  {decision['at_s'] * 1e3:9.1f} ms  to {decision['purpose']}: {candidates[0]['worker']}, of "
-        f"{len(candidates)}: {decision['rule']}"
-    ]
-    for one in candidates[:MOST_CANDIDATES]:
-        terms = " + ".join(f"{name} {_number(value)}" for name, value in one["terms"].items())
-        told = (
-            f"told {one['age_s'] * 1e3:.0f} ms before" if one["age_s"] is not None else "has told nothing yet"
-        )
-        lines.append(
-            f"      {'→' if one['chosen'] else ' '} {one['worker']}: {_number(one['score'])} = {terms}; "
-            f"{one['cached_tokens']} tokens cached, {one['queued_tokens']} queued, "
-            f"TTFT {one['ttft_s'] * 1e3:.1f} ms, TPOT {one['tpot_s'] * 1e3:.1f} ms predicted; {told}"
-        )
-    if len(candidates) > MOST_CANDIDATES:
-        lines.append(f"        and {len(candidates) - MOST_CANDIDATES} more; see --json")
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "out of the question" if value is None else f"{value:.3f}"
-
-
-def _detail(name: str, value: str | int | float) -> str:
-    if name == "why":
-        return str(value)
-    if name == "bytes" and isinstance(value, int):
-        return f"{value / 2**20:.1f} MiB"
-    if name.endswith("_s") and isinstance(value, int | float):
-        return f"{name.removesuffix('_s').replace('_', ' ')} {value * 1e3:.1f} ms"
-    return f"{name.replace('_', ' ')} {value}"
 
 
 def _show_status(answer: dict[str, Any]) -> None:

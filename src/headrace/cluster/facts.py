@@ -58,6 +58,9 @@ class Fact(enum.IntEnum):
     """Share of time in steps, at BUSY_AT_S."""
     BUSY_AT_S = enum.auto()
     TOLD_S = enum.auto()
+    """When it spoke of its load last, with its last step."""
+    HEARD_S = enum.auto()
+    """When it said anything last, as that it is there."""
     CACHE = enum.auto()
     """Its slot in the KV index; -1: nothing is known of its cache."""
     HASHER = enum.auto()

@@ -61,6 +61,19 @@ class _Fact:
         member.facts[self._fact] = value
 
 
+class _Moment:
+    """A moment of a member, in seconds, that is kept there too."""
+
+    def __init__(self, fact: Fact) -> None:
+        self._fact = fact
+
+    def __get__(self, member: Member, owner: type[Member]) -> float:
+        return float(member.facts[self._fact])
+
+    def __set__(self, member: Member, value: float) -> None:
+        member.facts[self._fact] = value
+
+
 class Member:
     """One registered worker, for one life of its engine."""
 
@@ -68,6 +81,8 @@ class Member:
     """Samples of its legs that have not ended."""
     exports = _Fact(Fact.EXPORTS)
     """Prompts that it is to prefill for others."""
+    heard_s = _Moment(Fact.HEARD_S)
+    """When it said anything last, on the gateway's clock."""
     is_full = _Fact(Fact.IS_FULL)
     """Whether it gave a request back for want of room, and has none by what it said since."""
 
@@ -78,7 +93,6 @@ class Member:
         self.model = engine.model
         """Its group: requests go from one of its members to another, and to no others."""
         self.channel = channel
-        self.heard_s = heard_s
         self.why_down = ""
         self.down_s = 0.0
         self.step = 0
@@ -87,6 +101,7 @@ class Member:
         self.legs: set[str] = set()
         """Attempts that run there, exports included."""
         self.facts = new_row()
+        self.heard_s = heard_s
         self.pace = Pace(self.facts)
         self._prefill_s, self._decode_s = _Lately(), _Lately()
         self._unseen: dict[str, int] = {}

@@ -51,7 +51,10 @@ class Candidates:
         self.tpot_s = prediction.tpot_s(facts, wish.prompt_tokens, self.ttft_s, wish.samples)
         """Predicted time for each output token, with what will be decoded there when the prefill ends."""
         self.age_s: Column = now - facts[:, Fact.TOLD_S]
-        """How old what a worker said of itself is; infinite for one that has said nothing yet."""
+        """How old what a worker said of its load is, which it does with each step; infinite for one that has
+        said nothing yet."""
+        self.heard_s_ago: Column = now - facts[:, Fact.HEARD_S]
+        """How long ago it said anything, as that it is there."""
 
     def __len__(self) -> int:
         return len(self.members)

@@ -28,7 +28,10 @@ class Considered(msgspec.Struct, frozen=True):
     """Predicted."""
     tpot_s: float
     age_s: float | None
-    """Of what the worker said of itself; None: nothing yet."""
+    """Of what the worker said of its load, with its last step; None: nothing yet. While it has nothing to do,
+    these numbers stay as they are."""
+    heard_s_ago: float
+    """Since it said anything, as in a heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Decision:
     ttft_s: Column
     tpot_s: Column
     age_s: Column
+    heard_s_ago: Column
 
     @property
     def worker(self) -> str:
@@ -70,6 +74,7 @@ class Decision:
                 ttft_s=float(self.ttft_s[i]),
                 tpot_s=float(self.tpot_s[i]),
                 age_s=float(self.age_s[i]) if self.age_s[i] < float("inf") else None,
+                heard_s_ago=float(self.heard_s_ago[i]),
             )
             for i in order
         ]

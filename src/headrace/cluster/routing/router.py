@@ -85,6 +85,7 @@ class Router:
             ttft_s=among.ttft_s,
             tpot_s=among.tpot_s,
             age_s=among.age_s,
+            heard_s_ago=among.heard_s_ago,
         )
         return members[best], decision
 

@@ -1,4 +1,4 @@
-"""Each request's journey says why its prompt was, or was not, computed by another worker than its home."""
+"""What a journey tells of a request: why its prompt was offloaded or not, and how old what was known is."""
 
 from __future__ import annotations
 
@@ -111,3 +111,16 @@ def test_nor_one_that_goes_on_after_its_first_token() -> None:
         assert whys[-1] == "it goes on after its first token"
 
     in_cluster(CLUSTERS["2P2D"], body)
+
+
+def test_an_idle_worker_was_heard_just_now_though_its_last_step_is_long_ago() -> None:
+    async def body(cluster: SimCluster) -> None:
+        await asked(cluster, request("first", length=60))
+        await asyncio.sleep(200)
+        await asked(cluster, request("second", length=60))
+        (journey,) = cluster.gateway.journeys.of("second")
+        (considered,) = journey.decisions[0].considered()
+        assert considered.age_s is not None and considered.age_s > 199
+        assert considered.heard_s_ago < 2.0
+
+    in_cluster(CLUSTERS["1P1D"], body)
