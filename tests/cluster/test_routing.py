@@ -44,9 +44,8 @@ class House:
         self.router = Router(RoutingOptions(**options), holdings, random.Random(1), self.said.append)
 
     def choose(self, session: str = "", purpose: str = "decode") -> Decision:
-        chosen, decision = self.router.choose(
-            every(self.members), wish(session), Prompt(PROMPT, ""), purpose=purpose, now=1.0
-        )
+        among = self.router.candidates(every(self.members), wish(session), Prompt(PROMPT, ""), now=1.0)
+        chosen, decision = self.router.choose(among, purpose=purpose)
         assert chosen.worker_id == decision.worker
         return decision
 

@@ -10,7 +10,7 @@ import enum
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -27,7 +27,6 @@ from headrace.cluster.options import GatewayOptions
 from headrace.cluster.placement import (
     Possible,
     all_prefills,
-    every,
     possible_homes,
     possible_prefills,
     why_no_prefill,
@@ -97,6 +96,7 @@ class Dispatch:
         chance = world.random.stream("routing")
         self._new_router = functools.partial(Router, options.routing, self._holdings, chance, report)
         self._routers: dict[str, Router] = {}
+        self._last: Prompt | None = None
         self.demand: defaultdict[str, Demand] = defaultdict(Demand)
         """Of each model: what was accepted lately."""
         self.router_of(registry.first_model)  # refuses a policy that there is not
@@ -138,8 +138,9 @@ class Dispatch:
 
     def credit(self, model: str) -> Credit:
         """What the workers of a model may be given now."""
-        homes = possible_homes(self._registry.live(model), 1)
-        prefills = all_prefills(self._registry.live(model), self._options.split)
+        everybody = self._everybody(model)
+        homes = possible_homes(everybody, 1)
+        prefills = all_prefills(everybody, self._options.split)
         reserved = [band for band in Band if self.demand[model].more_urgent(band, self._world.now()).samples]
         return credit_of(homes.facts, prefills.facts, self._options.queue.steps_ahead, reserved)
 
@@ -155,17 +156,21 @@ class Dispatch:
         goes then is the router's affair.
         """
         samples = accepted.samples
-        possible = possible_homes(self._registry.live(accepted.request.model), len(samples))
+        possible = possible_homes(self._everybody(accepted.request.model), len(samples))
         if not possible or not self._has_credit(possible, accepted.request):
             return Placed.NO
         request, progress = accepted.request, accepted.progress
         generated = max(progress.generated.values(), key=len, default=[])
-        accepted.prompt = Prompt([*request.prompt, *generated], shared_salt(request))
-        decision, home, uncached = self._choose(accepted, accepted.prompt, possible, "decode")
+        prompt = accepted.prompt
+        if prompt is None or prompt.tokens is not request.prompt or generated:
+            prompt = accepted.prompt = self._prompt_of(request, generated)
+        wish = Wish.of(request, len(prompt.tokens), len(samples))
+        among = self.router_of(request.model).candidates(possible, wish, prompt, self._world.now())
+        decision, home, uncached = self._choose(among, request.model, "decode")
         # Sample 0 is what a handoff carries; after its first token there is nothing to hand over.
         begins = 0 in samples and not samples[0].tokens
         where: dict[str, str | float] = {"why": "it goes on after its first token"}
-        elsewhere = self._elsewhere(request, accepted.prompt, home, uncached, where) if begins else None
+        elsewhere = self._elsewhere(request, prompt, home, uncached, where) if begins else None
         if elsewhere is not None and not self._has_credit(elsewhere[0], request):
             return Placed.AWAITS_PREFILL
         accepted.journey.decisions.append(decision)
@@ -176,11 +181,11 @@ class Dispatch:
         home.open_samples += len(samples)
         if elsewhere is not None:  # told only once the home has room; whoever is placed meanwhile knows of it
             accepted.stage = Stage.RESERVING
-            self._plan_prefill(accepted, accepted.home, elsewhere[0])
+            self._plan_prefill(accepted, accepted.home, elsewhere[1])
         else:
             accepted.stage = Stage.AT_HOME
             home.expect(name, uncached)
-        self._holdings.sent(home, accepted.prompt, self._world.now())
+        self._holdings.sent(home, prompt, self._world.now())
         self._desk.post(
             home,
             Submit(
@@ -205,10 +210,10 @@ class Dispatch:
         open, though some will have ended by then: others like it come in their place.
         """
         samples, now = request.sampling.n, self._world.now()
-        possible = possible_homes(self._registry.live(request.model), samples)
+        possible = possible_homes(self._everybody(request.model), samples)
         if not possible:
             return None
-        prompt = Prompt(request.prompt, shared_salt(request))
+        prompt = self._prompt_of(request)
         wish = Wish.of(request, len(prompt.tokens), samples)
         router = self.router_of(request.model)
         among = router.candidates(possible, wish, prompt, now)
@@ -243,9 +248,9 @@ class Dispatch:
     def passes_in_s(self, model: str, tokens: float, samples: float) -> float:
         """Until the workers of a model have computed so many prompt tokens, and so many sequences have ended
         there, at the pace of now."""
-        live = every(self._registry.live(model))
+        live = self._everybody(model)
         homes = live.those(live.facts[:, Fact.DECODES] != 0)
-        computing = all_prefills(live.members, self._options.split) or homes
+        computing = all_prefills(live, self._options.split) or homes
         return max(
             prediction.computed_in_s(computing.facts, tokens), prediction.rows_in_s(homes.facts, samples)
         )
@@ -271,8 +276,7 @@ class Dispatch:
         if not possible:
             noted["why"] = why_no_prefill(self._registry.live(home.model), home)
             return None
-        wish = Wish.of(request, len(prompt.tokens), 1)
-        among = self.router_of(request.model).candidates(possible, wish, prompt, self._world.now())
+        among = self._prefills_among(request, prompt, possible)
         soonest = int(among.ttft_s.argmin())
         theirs = float(among.uncached_tokens[soonest])
         there = among.members[soonest].worker_id
@@ -282,7 +286,7 @@ class Dispatch:
 
     def possible_prefills(self, home: Member) -> Possible:
         """Who could prefill for a home now."""
-        return possible_prefills(self._registry.live(home.model), home, self._options.split)
+        return possible_prefills(self._everybody(home.model), home, self._options.split)
 
     def place_prefill(self, accepted: Accepted, home: Leg) -> Leg | None:
         """Have a prompt computed for its home by another worker; None: none has room.
@@ -294,31 +298,45 @@ class Dispatch:
             return None
         member = home.prefills_at
         if member is None or member not in possible.members:
-            member = self._plan_prefill(accepted, home, possible)
+            among = self._prefills_among(accepted.request, accepted.prompt, possible)
+            member = self._plan_prefill(accepted, home, among)
         self._desk.post(member, Submit(_as_sent(accepted.request, home.prefill_name), leg=LegKind.EXPORT))
         leg = self._ledger.open_leg(accepted, home.prefill_name, member)
         member.exports += 1
         self._holdings.sent(member, accepted.prompt, self._world.now())
         return leg
 
-    def _plan_prefill(self, accepted: Accepted, home: Leg, possible: Possible) -> Member:
+    def _plan_prefill(self, accepted: Accepted, home: Leg, among: Candidates) -> Member:
         """Choose who will compute a prompt for its home."""
-        if accepted.prompt is None:
-            raise RuntimeError("a request without a prompt is to be prefilled")
-        decision, member, uncached = self._choose(accepted, accepted.prompt, possible, "prefill")
+        decision, member, uncached = self._choose(among, accepted.request.model, "prefill")
         accepted.journey.decisions.append(decision)
         home.plan_prefill(member, uncached)
         member.prefills(uncached)
         return member
 
-    def _choose(
-        self, accepted: Accepted, prompt: Prompt, possible: Possible, purpose: str
-    ) -> tuple[Decision, Member, int]:
+    def _prefills_among(self, request: GenerateRequest, prompt: Prompt, possible: Possible) -> Candidates:
+        """What is known of those that could prefill; whatever n is, a prompt is computed once."""
+        wish = Wish.of(request, len(prompt.tokens), 1)
+        return self.router_of(request.model).candidates(possible, wish, prompt, self._world.now())
+
+    def _choose(self, among: Candidates, model: str, purpose: str) -> tuple[Decision, Member, int]:
         """A worker, and how many tokens of the prompt it has to compute."""
-        wish = Wish.of(accepted.request, len(prompt.tokens), len(accepted.samples))
-        router = self.router_of(accepted.request.model)
-        member, decision = router.choose(possible, wish, prompt, purpose=purpose, now=self._world.now())
-        return decision, member, len(prompt.tokens) - int(decision.cached_tokens[decision.chosen])
+        member, decision = self.router_of(model).choose(among, purpose=purpose)
+        return decision, member, among.wish.prompt_tokens - int(decision.cached_tokens[decision.chosen])
+
+    def _prompt_of(self, request: GenerateRequest, generated: Sequence[int] = ()) -> Prompt:
+        """What is to be computed for a request; the same again, with its blocks' names, for the one that was
+        foreseen or tried last."""
+        salt = shared_salt(request)
+        if generated:
+            return Prompt([*request.prompt, *generated], salt)
+        if self._last is None or self._last.tokens is not request.prompt or self._last.salt != salt:
+            self._last = Prompt(request.prompt, salt)
+        return self._last
+
+    def _everybody(self, model: str) -> Possible:
+        """The live workers of a model."""
+        return Possible(*self._registry.table(model))
 
     def router_of(self, model: str) -> Router:
         """Each model has its own: a policy that takes turns takes them among its workers."""

@@ -46,6 +46,10 @@ class Pace:
         self._tell((FIRST_BASE_S, FIRST_TOKEN_S, 0.0))
         facts[Fact.DECODE_S] = FIRST_DECODE_S
 
+    def keep_facts_in(self, row: Row) -> None:
+        """From now on the worker's facts are in this row."""
+        self._facts = row
+
     def stepped(self, stats: StepStats, now: float) -> None:
         """Take in a step."""
         if not stats.rows:

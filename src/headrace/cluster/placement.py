@@ -33,38 +33,44 @@ class Possible:
             return self
         return Possible([self.members[i] for i in np.flatnonzero(mask).tolist()], self.facts[mask])
 
+    def without(self, member: Member) -> Possible:
+        """All but this one."""
+        if member not in self.members:
+            return self
+        mask = np.ones(len(self.members), dtype=bool)
+        mask[self.members.index(member)] = False
+        return self.those(mask)
+
 
 def every(members: Iterable[Member]) -> Possible:
-    """All of these."""
+    """All of these, as they are now."""
     listed = list(members)
     return Possible(listed, table_of([member.facts for member in listed]))
 
 
-def possible_homes(members: Iterable[Member], samples: int) -> Possible:
+def possible_homes(everybody: Possible, samples: int) -> Possible:
     """Workers that decode and have room; suspect ones only where there are no others."""
-    all_of_them = every(members)
-    facts = all_of_them.facts
+    facts = everybody.facts
     fit = facts[:, Fact.MOST_SAMPLES] - facts[:, Fact.OPEN_SAMPLES] >= samples
     fit &= (facts[:, Fact.IS_FULL] == 0) & (facts[:, Fact.DECODES] != 0)
     up = fit & (facts[:, Fact.STATE] == UP)
-    return all_of_them.those(up if up.any() else fit & (facts[:, Fact.STATE] == SUSPECT))
+    return everybody.those(up if up.any() else fit & (facts[:, Fact.STATE] == SUSPECT))
 
 
-def possible_prefills(members: Iterable[Member], home: Member, policy: SplitPolicy) -> Possible:
+def possible_prefills(everybody: Possible, home: Member, policy: SplitPolicy) -> Possible:
     """Workers that may prefill for `home`, those of role prefill first.
 
     Workers of role both help a worker that only decodes.
     """
-    found = all_prefills((member for member in members if member is not home), policy)
+    found = all_prefills(everybody.without(home), policy)
     if home.info.role.prefills_for_others and found.facts[:, Fact.DECODES].any():
         return Possible([], found.facts[:0])
     return found
 
 
-def all_prefills(members: Iterable[Member], policy: SplitPolicy) -> Possible:
+def all_prefills(everybody: Possible, policy: SplitPolicy) -> Possible:
     """Workers that may prefill for any other: those of role prefill; where there are none, of role both."""
-    others = every(members)
-    facts = others.facts
+    facts = everybody.facts
     fit = (
         (facts[:, Fact.PREFILLS] != 0)
         & (facts[:, Fact.TRANSFERS] != 0)
@@ -74,7 +80,7 @@ def all_prefills(members: Iterable[Member], policy: SplitPolicy) -> Possible:
         & (facts[:, Fact.MOST_SAMPLES] > facts[:, Fact.OPEN_SAMPLES])
     )
     dedicated = fit & (facts[:, Fact.DECODES] == 0)
-    return others.those(dedicated if dedicated.any() else fit)
+    return everybody.those(dedicated if dedicated.any() else fit)
 
 
 def why_whole(request: GenerateRequest, home: Member, uncached_tokens: float, policy: SplitPolicy) -> str:

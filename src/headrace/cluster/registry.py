@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from headrace.cluster.facts import Fact, new_row
+from headrace.cluster.facts import Fact, Row, Table, new_row, table_of
 from headrace.cluster.options import GatewayOptions
 from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
@@ -121,6 +121,11 @@ class Member:
         self._state = state
         self.facts[Fact.STATE] = _NUMBERS[state]
 
+    def keep_facts_in(self, row: Row) -> None:
+        """From now on its facts are in this row, which has what they are now."""
+        self.facts = row
+        self.pace.keep_facts_in(row)
+
     def told(self, stats: StepStats, now: float) -> None:
         """Its numbers are others."""
         self.stats, facts = stats, self.facts
@@ -203,6 +208,8 @@ class Registry:
     def __init__(self, options: GatewayOptions) -> None:
         self._options = options
         self._members: dict[str, Member] = {}
+        self._tables: dict[str, tuple[list[Member], Table]] = {}
+        """By model: those that are live, and the table whose rows they write."""
         self._opened_s: float | None = None
 
     def opened(self, now: float) -> None:
@@ -214,7 +221,24 @@ class Registry:
 
     def live(self, model: str | None = None) -> Iterable[Member]:
         """All that are there, or those of one model."""
-        return (each for each in self if each.is_live and (model is None or each.model == model))
+        if model is not None:
+            return self._table(model)[0]
+        return (each for each in self if each.is_live)
+
+    def table(self, model: str) -> tuple[list[Member], Table]:
+        """The live members of one model, and their facts as they are now."""
+        members, table = self._table(model)
+        return members, table.copy()
+
+    def _table(self, model: str) -> tuple[list[Member], Table]:
+        found = self._tables.get(model)
+        if found is None:
+            members = [each for each in self if each.is_live and each.model == model]
+            table = table_of([member.facts for member in members])
+            for member, row in zip(members, table, strict=True):
+                member.keep_facts_in(row)
+            found = self._tables[model] = members, table
+        return found
 
     def known(self, model: str) -> Iterable[Member]:
         """Those of one model, also the ones that are gone and may come back."""
@@ -249,12 +273,16 @@ class Registry:
             if other is not former and other.model == info.engine.model:
                 _check_fit(info, other.info)
         self._check_fit_to_lost(info, now, owes)
-        self._members[info.worker_id] = Member(info, channel, now)
+        member = self._members[info.worker_id] = Member(info, channel, now)
+        self._tables.pop(member.model, None)
+        if former is not None:
+            self._tables.pop(former.model, None)
         return former
 
     def down(self, member: Member, why: str, now: float) -> None:
         """A member is gone; it stays known for a while, as one that may come back."""
         member.state = MemberState.DOWN
+        self._tables.pop(member.model, None)
         member.why_down, member.down_s = why, now
 
     def forget(self, now: float) -> None:

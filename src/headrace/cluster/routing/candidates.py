@@ -38,7 +38,8 @@ class Candidates:
     def __init__(self, possible: Possible, wish: Wish, cached_tokens: Column, now: float) -> None:
         """`cached_tokens`: of the prompt, for each member; `now` on the gateway's clock."""
         facts = self._facts = possible.facts
-        self._now = now
+        self.now = now
+        """On the gateway's clock."""
         self.members = possible.members
         self.wish = wish
         self.cached_tokens = cached_tokens
@@ -88,4 +89,4 @@ class Candidates:
     @property
     def busy(self) -> Column:
         """Share of their time, lately, that they spent in steps."""
-        return prediction.busy(self._facts, self._now)
+        return prediction.busy(self._facts, self.now)

@@ -49,12 +49,9 @@ class Router:
         """What is known of those that could take a request."""
         return Candidates(possible, wish, self._holdings.cached_tokens(prompt, possible.facts, now), now)
 
-    def choose(
-        self, possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
-    ) -> tuple[Member, Decision]:
-        """One of at least one member, for one of the `PURPOSES`; `now` on the gateway's clock."""
-        members = possible.members
-        among = self.candidates(possible, wish, prompt, now)
+    def choose(self, among: Candidates, *, purpose: str) -> tuple[Member, Decision]:
+        """One of at least one member, for one of the `PURPOSES`."""
+        members = among.members
         rule = f"lowest score of policy {self._name}"
         try:
             terms = _checked(self._policies[purpose].terms(among), len(members))
@@ -72,7 +69,7 @@ class Router:
             rule = "the only one with room"
         best = _lowest(scores, among)
         decision = Decision(
-            at_s=now,
+            at_s=among.now,
             purpose=purpose,
             policy=self._name,
             rule=rule,
