@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 
 import msgspec
+import pytest
 from test_replays import endings, in_cluster, request
 
+from headrace.cluster.classes import Refusal
+from headrace.engine.limits import RequestRefused
 from headrace.protocol.messages import Role
 from headrace.protocol.requests import FinishReason
 from headrace.sim.cluster import SimCluster
@@ -43,6 +48,33 @@ def test_classes_and_tenants_take_their_turns_and_it_is_told() -> None:
         assert [entry.what for entry in journey.entries[:2]] == ["queued", "placed"]
         assert journey.entries[0].detail["band"] == "low"
         assert not gateway.backlog
+
+    in_cluster(body, ONE, shape=SHAPE)
+
+
+def test_when_all_places_are_taken_the_more_urgent_and_other_tenants_get_some() -> None:
+    async def body(cluster: SimCluster) -> None:
+        gateway, refused = cluster.gateway, Counter[tuple[str, Refusal]]()
+        observer = gateway._observer
+        observer.refused = lambda request, why: refused.update([(request.tenant, why)])  # type: ignore[method-assign]
+
+        def ask(name: str, tenant: str, priority: int = 0) -> asyncio.Task[list[FinishReason]]:
+            asked = msgspec.structs.replace(request(name, 40), tenant=tenant, priority=priority)
+            return asyncio.create_task(endings(gateway, asked))
+
+        tasks = {f"a{i:02}": ask(f"a{i:02}", "alice") for i in range(32)}
+        await asyncio.sleep(0.001)
+        with pytest.raises(RequestRefused, match=r"room in about .* try again in \d+ s") as full:
+            gateway.submit(msgspec.structs.replace(request("more", 40), tenant="alice"))
+        assert full.value.error.retry_after_s == math.ceil(1 / 2 * 5)  # one ends, of 2 rows, which last 5 s
+        tasks |= {"urgent": ask("urgent", "bob", -1), "b": ask("b", "bob")}
+        await asyncio.gather(*tasks.values())
+        lost = [name for name, task in tasks.items() if task.result() == [FinishReason.ERROR]]
+        assert lost == ["a30", "a31"]  # the last come of who had most
+        assert refused == {("alice", Refusal.QUEUE_FULL): 1, ("alice", Refusal.DISPLACED): 2}
+        (journey,) = gateway.journeys.of("a31")
+        assert [entry.what for entry in journey.entries][:2] == ["queued", "displaced"]
+        assert "high priority came" in str(journey.entries[1].detail["why"])
 
     in_cluster(body, ONE, shape=SHAPE)
 

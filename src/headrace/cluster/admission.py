@@ -158,7 +158,7 @@ def check_room(
     open_samples: int,
 ) -> None:
     """Raise RequestRefused where these workers, of one model, cannot take all of the requests beside those
-    that wait for one. So the workers' queues together bound the gateway's.
+    that wait for one and do not make way for them. So the workers' queues together bound the gateway's.
 
     INVALID for what would never fit, OVERLOADED for what does not fit now, UNAVAILABLE when all workers that
     decode are on their way out; the client is told `open_samples`.
@@ -178,8 +178,8 @@ def check_room(
         message = f"{together} sequences are asked for of one prompt, and a worker takes {widest} at most"
         raise RequestRefused(ErrorCode.INVALID, message, "n")
     model = requests[0].model
-    if (lacking := wanted - backlog.room(model)) > 0:
-        seconds = backlog.frees_in_s(model, lacking)
+    if not backlog.takes(requests):
+        seconds = backlog.frees_in_s(model, wanted - backlog.room(model))
         again_s = retry_after_s(seconds)
         raise RequestRefused(
             ErrorCode.OVERLOADED,

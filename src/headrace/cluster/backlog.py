@@ -2,8 +2,8 @@
 them any more.
 
 In: requests without a worker, and word that something has changed. Out: calls of `place`, in the order of
-`waiting.py`; endings for those whose deadline has passed. How many may wait is decided before they are
-accepted (`admission.check_room`). Models have a queue each, for no worker serves two.
+`waiting.py`; endings for those whose deadline has passed, or whose place another gets. How many may wait is
+decided before they are accepted (`admission.check_room`). Models have a queue each, for no worker serves two.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.cluster.classes import Band, retry_after_s
+from headrace.cluster.classes import Band, Refusal, retry_after_s
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch, Placed
+from headrace.cluster.displacement import who_makes_way
 from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
@@ -125,6 +126,49 @@ class Backlog:
     def requests(self, model: str) -> int:
         """How many wait for workers of one model."""
         return len(self._lines.get(model, ()))
+
+    def takes(self, requests: Sequence[GenerateRequest]) -> bool:
+        """Whether there is room for all of these, of one call, or others make way for them."""
+        return not self._lacking(requests) or self._who_makes_way(requests) is not None
+
+    def make_room(self, requests: Sequence[GenerateRequest]) -> None:
+        """End those who make way for these."""
+        if not self._lacking(requests):
+            return
+        band = Band.of(requests[0].priority)
+        for accepted in self._who_makes_way(requests) or ():
+            request = accepted.request
+            urgent = Band.of(request.priority) is not band
+            why = f"a request of {band} priority" if urgent else "one of a client with fewer requests waiting"
+            accepted.journey.note(
+                self._world.now(), "displaced", by_class=band, why=f"all places were taken, and {why} came"
+            )
+            self._observer.refused(request, Refusal.DISPLACED)
+            self._end_overloaded(accepted, f"all places were taken, and its own went to {why}")
+
+    def _lacking(self, requests: Sequence[GenerateRequest]) -> int:
+        wanted = sum(request.sampling.n for request in requests)
+        return max(0, wanted - self.room(requests[0].model))
+
+    def _who_makes_way(self, requests: Sequence[GenerateRequest]) -> list[Accepted] | None:
+        first = requests[0]
+        line = self._lines.get(first.model)
+        if line is None:
+            return None
+        wanted, lacking = sum(request.sampling.n for request in requests), self._lacking(requests)
+
+        def call_of(accepted: Accepted) -> tuple[Accepted, ...]:
+            """All of its call, where none of them has had a worker or an ending."""
+            stream = accepted.stream
+            call = (
+                (accepted,)
+                if len(accepted.samples) == stream.samples
+                else tuple(one for one in line if one.stream is stream)
+            )
+            is_new = all(not one.attempts for one in call)
+            return call if is_new and sum(len(one.samples) for one in call) == stream.samples else ()
+
+        return who_makes_way(line, Band.of(first.priority), first.tenant, wanted, lacking, call_of)
 
     def room(self, model: str) -> int:
         """How many more samples the workers of one model have room for, beside all that wait for them."""
@@ -264,16 +308,16 @@ class Backlog:
             why = f"no other worker was free within {most_s:g} s; send it again"
             self._delivery.end_all(accepted, why)
             return
+        self._end_overloaded(
+            accepted, f"no worker was free for it within {self._options.queue.timeout_s:g} s"
+        )
+
+    def _end_overloaded(self, accepted: Accepted, why: str) -> None:
+        """Its client is told to come again when those before a newcomer have got their workers."""
         model = accepted.request.model
         line = self._lines[model]
         ahead = line.ahead(line.place_of(accepted))
         seconds = self._dispatch.passes_in_s(model, ahead.tokens, ahead.samples)
-        self._end_overloaded(
-            accepted, f"no worker was free for it within {self._options.queue.timeout_s:g} s", seconds
-        )
-
-    def _end_overloaded(self, accepted: Accepted, why: str, seconds: float) -> None:
-        """Its client is told to come again when so many seconds have passed."""
         again_s = retry_after_s(seconds)
         self._delivery.end_all(
             accepted,

@@ -112,6 +112,7 @@ class Refusal(enum.StrEnum):
 
     INVALID = "invalid"  # it can never be served as it is
     QUEUE_FULL = "queue_full"
+    DISPLACED = "displaced"  # it waited, and its place went to another
     PREDICTED_TTFT = "predicted_ttft"
     PREDICTED_TPOT = "predicted_tpot"
     UNAVAILABLE = "unavailable"  # no worker serves

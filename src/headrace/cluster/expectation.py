@@ -36,7 +36,7 @@ class Predictive(Foresight):
 
     def expect(self, requests: Sequence[GenerateRequest]) -> Expectation | None:
         *others, last = sorted(requests, key=lambda request: len(request.prompt))
-        if self._backlog.room(last.model) < sum(request.sampling.n for request in requests):
+        if not self._backlog.takes(requests):
             return None
         return self._dispatch.foresee(last, self._backlog.ahead(last, others))
 

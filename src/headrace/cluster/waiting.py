@@ -112,6 +112,11 @@ class _Line(Generic[T]):
             del self._by_needs[entry.place.needs]
         self._count(entry.place, -1)
 
+    def latest(self) -> Iterator[_Entry[T]]:
+        """The last come first."""
+        alike = [reversed(one.values()) for one in self._by_needs.values()]
+        return heapq.merge(*alike, key=lambda entry: -entry.number)
+
     def first(self, fits: Callable[[Needs], bool]) -> _Entry[T] | None:
         """The first come of those that fit."""
         heads = [next(iter(alike.values())) for needs, alike in self._by_needs.items() if fits(needs)]
@@ -165,6 +170,15 @@ class Waiting(Generic[T]):
     def of(self, band: Band) -> OrderedDict[T, _Entry[T]]:
         """Those of one band in the order of their coming."""
         return self._bands[band].entries
+
+    def held(self, band: Band) -> dict[str, int]:
+        """Samples of each tenant in one band, without those that came again."""
+        return {tenant: line.samples for tenant, line in self._bands[band].lines.items()}
+
+    def latest(self, band: Band, tenant: str) -> Iterator[T]:
+        """Of one tenant in one band the last come first, without those that came again."""
+        line = self._bands[band].lines.get(tenant)
+        return (entry.item for entry in line.latest()) if line is not None else iter(())
 
     def before(self, band: Band) -> int:
         """How many wait of this band and the more urgent ones."""
