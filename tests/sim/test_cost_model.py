@@ -56,6 +56,23 @@ def test_decode_reads_weights_and_cache() -> None:
     assert quick.seconds([(1, 100)]) == pytest.approx(0.25 + 0.125 + weights + 102 * 32 / 1600)
 
 
+@pytest.mark.parametrize("rows", [[(1, 100)], [(16, 0)], [(4, 8), (1, 90)]])
+def test_what_does_not_overlap_comes_on_top(rows: list[tuple[int, int]]) -> None:
+    rates = replace(RATES, linear_flops_per_s=5000.0)
+    tokens = sum(new for new, _ in rows)
+    shorter = sum(
+        min(2 * weights * positions / 5000, weights * 2 / 2000)
+        for weights, positions in ((1152, tokens), (256, len(rows)))
+    )
+    roofline = StepCost(SMALL, rates).seconds(rows)
+    for overlap in (0.0, 0.25, 1.0):
+        cost = StepCost(SMALL, replace(rates, overlap=overlap))
+        assert cost.seconds(rows) == pytest.approx(roofline + (1 - overlap) * shorter)
+        assert cost.parts(rows).total_s == pytest.approx(cost.seconds(rows))
+    with pytest.raises(ValueError, match="overlap must be between 0 and 1"):
+        replace(rates, overlap=1.5)
+
+
 def test_prompts_are_counted_pair_by_pair() -> None:
     cost = StepCost(SMALL, RATES)
     pairs = sum(10 + i for i in range(1, 6))  # five new positions after ten: each sees itself and all before

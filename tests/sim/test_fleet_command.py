@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -33,7 +35,12 @@ def fleet(*options: str) -> tuple[int, str, str]:
 def calibration(tmp_path: Path) -> Path:
     path, error = tmp_path / "here.json", FitError(9, 0.07, 0.05, 0.2)
     Calibration(
-        machine="two cores", shape=MODELS["smollm2-135m"], rates=RATES, fitted=error, held_out=error
+        machine="two cores",
+        shape=MODELS["smollm2-135m"],
+        rates=RATES,
+        fitted=error,
+        held_out=error,
+        longest=2560,
     ).write(path)
     return path
 
@@ -101,5 +108,23 @@ def test_as_many_devices_as_weights_and_cache_need(calibration: Path) -> None:
     assert not any("no such worker" in line for line in eight.limits(1_000_000, 1))
     with pytest.raises(ValueError, match="a calibration is of one device"):
         choose_worker(str(calibration), None, 2, 1000)
+
+
+def test_a_calibration_is_carried_over_in_its_precision_and_not_too_far(calibration: Path) -> None:
     other = choose_worker(str(calibration), "llama-8b", None, 1000)
-    assert "it was calibrated with smollm2-135m, not with llama-8b" in other.limits(1000, 4)
+    (said,) = [line for line in other.limits(1000, 4) if line.startswith("CARRIED OVER")]
+    assert "calibrated with smollm2-135m, not with llama-8b, of 56 times more weights" in said
+    assert "sequences of up to 2560 tokens" in other.limits(1000, 4)[0]
+    with pytest.raises(ValueError, match="llama-70b has 517 times more weights than smollm2-135m"):
+        choose_worker(str(calibration), "llama-70b", None, 1000)
+    found = Calibration.read(calibration)
+    int8 = dataclasses.replace(found.shape, weight_bytes_each=1.0)
+    msgspec.structs.replace(found, shape=int8).write(calibration)
+    assert choose_worker(str(calibration), "llama-8b", None, 1000).cost.shape.weight_bytes_each == 1.0
+    assert choose_worker(str(calibration), "smollm2-135m", None, 1000).cost.shape == int8
+    one_of_before = calibration.read_text().replace('"format": 2', '"format": 1')
+    calibration.write_text(one_of_before)
+    with pytest.raises(
+        ValueError, match="has format 1, and this Headrace reads 2; run headrace calibrate again"
+    ):
+        choose_worker(str(calibration), None, None, 1000)

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 WRITTEN = 0x3C
 """What the KV cache is filled with: a small number in bfloat16 and in float32."""
 
+UNSEEN = 1e17
+"""Operations or bytes a second, far above what there is: no step showed any time for them."""
+
+READ_BYTES = 512 << 20
+"""More than caches hold of it while steps read their weights between."""
+
 NOISY = 0.25
 """Mean error on steps that were not fitted above which a fit says little."""
 
@@ -58,8 +64,9 @@ def calibrate(
     """Measure steps of MODEL's engine on this machine and fit the cost model of the simulation to them.
 
     A minute or less for the small models; best while nothing else runs. Prompts of several lengths, decodes
-    of several batches and contexts, and both at once are run; a third of them is kept back, to say how far
-    predictions are off. The rates that come out are what the engine reaches, not what the machine could.
+    of several batches and contexts, and both at once are run, and memory is read beside them; a third of the
+    steps is kept back, to say how far predictions are off. The rates that come out are what the engine
+    reaches, not what the machine could.
     """
     with clear_errors():
         import sys
@@ -115,6 +122,7 @@ async def _calibrate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from headrace.kernels.memory import memory_reader
     from headrace.sim.cost import StepCost
     from headrace.sim.cost.calibration import Calibration, grid, measure, measure_loop, split
     from headrace.sim.cost.fit import errors, fit
@@ -136,10 +144,12 @@ async def _calibrate(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(wanted) * (repeats + 1))
-        steps = await measure(engine, wanted, repeats, clock, heard=lambda: progress.advance(task))
+        steps, bytes_per_s = await measure(
+            engine, wanted, repeats, clock, memory_reader(READ_BYTES), heard=lambda: progress.advance(task)
+        )
     loop_step_s, loop_row_s = await measure_loop(engine, clock)
     fitted, held = split(steps)
-    rates = fit(shape, fitted)
+    rates = fit(shape, fitted, bytes_per_s)
     cost = StepCost(shape, rates)
     found = Calibration(
         machine=f"{info.numerics}, {info.threads} threads",
@@ -148,6 +158,7 @@ async def _calibrate(
         rates=replace(rates, step_s=rates.step_s + loop_step_s, row_s=rates.row_s + loop_row_s),
         fitted=errors(cost, fitted),
         held_out=errors(cost, held),
+        longest=max(new + context for step in steps for new, context in step.rows),
     )
     return found, [
         replace(step, seconds=step.seconds + loop_step_s + loop_row_s * len(step.rows)) for step in steps
@@ -179,15 +190,21 @@ def _print(found: Calibration, steps: list[MeasuredStep]) -> None:
     console.print(table)
     rates = found.rates
     console.print(
-        f"linear layers   {rates.linear_flops_per_s / 1e9:10.1f} GFLOP/s\n"
-        f"attention       {rates.attention_flops_per_s / 1e9:10.1f} GFLOP/s\n"
-        f"weights         {rates.bytes_per_s / 1e9:10.1f} GB/s\n"
-        f"KV blocks       {rates.kv_bytes_per_s / 1e9:10.1f} GB/s\n"
+        f"linear layers   {_rate(rates.linear_flops_per_s)} GFLOP/s\n"
+        f"attention       {_rate(rates.attention_flops_per_s)} GFLOP/s\n"
+        f"memory          {rates.bytes_per_s / 1e9:10.1f} GB/s, read beside the steps and not fitted\n"
+        f"KV blocks       {_rate(rates.kv_bytes_per_s)} GB/s\n"
+        f"overlap         {rates.overlap:10.0%} of the shorter of reading weights and multiplying\n"
         f"each step       {rates.step_s * 1e3:10.2f} ms\n"
         f"each row        {rates.row_s * 1e6:10.1f} µs\n"
         f"off by          {_off(found.held_out)} that were not fitted\n"
         f"                {_off(found.fitted)} that were"
     )
+
+
+def _rate(of: float) -> str:
+    """In billions a second."""
+    return f"{of / 1e9:10.1f}" if of < UNSEEN else "  too many to be seen in these steps:"
 
 
 def _off(error: FitError) -> str:

@@ -6,7 +6,7 @@ the network, with where they are from, since a prediction is worth no more than 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headrace.sim.cost import DEVICES, Efficiency, ModelShape, StepCost, model, rates_of
@@ -17,6 +17,8 @@ FULL = 0.95
 """Of a device's memory: what weights and KV cache may take when the number of devices is chosen."""
 MOST_DEVICES = 8
 """That are chosen for one worker: those of one machine."""
+FARTHEST = 100
+"""How many times as many weights a model may have as the one that was calibrated, or as few."""
 CALIBRATED_NIC_BYTES_PER_S = 1.1e9
 """Nobody has measured the network of a machine that was calibrated: 10 Gbit/s."""
 
@@ -47,9 +49,17 @@ class Worker:
                 )
         else:
             mean, most = found.held_out.mean, found.held_out.most
-            lines = [f"{found.machine}; steps are off by {mean:.0%} in the mean and {most:.0%} at most"]
+            lines = [
+                f"{found.machine}; steps are off by {mean:.0%} in the mean and {most:.0%} at most, with "
+                f"sequences of up to {found.longest} tokens"
+            ]
             if cost.shape != found.shape:
-                lines.append(f"it was calibrated with {found.shape.name}, not with {cost.shape.name}")
+                times = cost.shape.weights / found.shape.weights
+                lines.append(
+                    f"CARRIED OVER: it was calibrated with {found.shape.name}, not with {cost.shape.name}, "
+                    f"of {_times(times)} weights: memory and arithmetic are taken to be as fast with these, "
+                    "and what a step takes beside them as long; times may be off by half"
+                )
         if stride > 1:
             lines.append(f"decode steps run {stride} at a time: what comes to a worker waits for their end")
         lines.append(
@@ -76,8 +86,31 @@ def choose_worker(hardware: str, name: str | None, devices: int | None, cache_to
     found = Calibration.read(path)
     if (devices or 1) > 1:
         raise ValueError(f"--devices {devices}: a calibration is of one device and knows no links to others")
-    cost = StepCost(model(name) if name is not None else found.shape, found.rates)
+    shape = _carried_over(found, model(name)) if name is not None else found.shape
+    cost = StepCost(shape, found.rates)
     return Worker(hardware, cost, CALIBRATED_NIC_BYTES_PER_S, found)
+
+
+def _carried_over(found: Calibration, shape: ModelShape) -> ModelShape:
+    """Another model in the precision that was calibrated, whose kernels these rates are of.
+
+    Raises ValueError for one of so different a size that they say nothing of it.
+    """
+    if shape.name == found.shape.name:
+        return found.shape
+    times = shape.weights / found.shape.weights
+    if not 1 / FARTHEST <= times <= FARTHEST:
+        raise ValueError(
+            f"--model {shape.name} has {_times(times)} weights than {found.shape.name}, with which this "
+            f"machine was calibrated; beyond {FARTHEST} times, what one reaches says nothing of the other. "
+            "Calibrate with a model nearer to it"
+        )
+    measured = found.shape
+    return replace(shape, weight_bytes_each=measured.weight_bytes_each, kv_bytes_each=measured.kv_bytes_each)
+
+
+def _times(times: float) -> str:
+    return f"{times:.0f} times more" if times >= 1 else f"{1 / times:.0f} times fewer"
 
 
 def _fewest(shape: ModelShape, memory_bytes: float, cache_tokens: int) -> int:

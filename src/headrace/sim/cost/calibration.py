@@ -1,7 +1,8 @@
 """Measuring the steps of a real engine, and the file in which what was found is kept.
 
-In: an engine that nobody else uses. Out: measured steps over a small grid, each the median of its repeats,
-and a `Calibration` to write and to read again. Nothing here imports torch: the engine is handed in.
+In: an engine that nobody else uses, and a way to read memory. Out: measured steps over a small grid, each the
+median of its repeats, the rate of memory, and a `Calibration` to write and to read again. Nothing here
+imports torch: what uses it is handed in.
 
 Steps are run on the executor itself, with rows that begin in the middle of a sequence; what lies in their KV
 blocks does not matter for the time, if it was written once: whoever hands the engine in has seen to that.
@@ -25,13 +26,22 @@ from headrace.sim.cost.fit import FitError, MeasuredStep
 from headrace.sim.cost.models import ModelShape
 from headrace.sim.cost.step import Rates, Row
 
-FORMAT = 1
+FORMAT = 2
+"""In 1 the rate of memory was fitted with the rest, and could be anything."""
 
 HELD_OUT_EVERY = 3
 """One step of so many is not fitted, but tells how good the fit is."""
 
+SHORTEST = 64
+"""Tokens of the longest sequence: in fewer there is no room for a prompt and a context."""
+FEWEST = 9
+"""Steps, of which two thirds are fitted: more than there are unknowns."""
+
 LOOP_BATCHES = (1, 8)
 LOOP_TOKENS = 16
+
+READS = 3
+"""Of memory, in each turn."""
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +55,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     fitted: FitError
     held_out: FitError
     """On steps that the fit has not seen."""
+    longest: int
+    """Tokens of the longest sequence in a step that was measured."""
 
     def write(self, path: Path) -> None:
         """Raises OSError."""
@@ -58,12 +70,23 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no file of headrace calibrate: {error}") from None
         if found.format != FORMAT:
-            raise ValueError(f"{path} has format {found.format}, and this Headrace reads {FORMAT}")
+            raise ValueError(
+                f"{path} has format {found.format}, and this Headrace reads {FORMAT}; run headrace calibrate "
+                "again"
+            )
         return found
 
 
 def grid(max_model_len: int, max_rows: int, max_tokens: int, kv_tokens: int) -> list[tuple[Row, ...]]:
-    """Steps to measure: prompts, decodes and both, as far as the engine's limits allow. All in tokens."""
+    """Steps to measure: prompts, decodes and both, as far as the engine's limits allow. All in tokens.
+
+    Raises ValueError where these leave too few to tell anything of longer sequences.
+    """
+    if max_model_len < SHORTEST:
+        raise ValueError(
+            f"the longest sequence is {max_model_len} tokens, and steps at several contexts are measured; at "
+            f"least {SHORTEST} are needed, so raise --max-model-len or --kv-cache-memory"
+        )
     contexts = [length for length in (16, 256, 1024, 2048, 4096) if length < max_model_len // 2]
     batches = [count for count in (1, 2, 4, 8, 16, 32) if count <= max_rows]
     chunks = [count for count in (16, 48, 128, 256, 512) if count <= max_tokens]
@@ -76,13 +99,19 @@ def grid(max_model_len: int, max_rows: int, max_tokens: int, kv_tokens: int) -> 
         for batch, context in ((4, contexts[0]), (8, contexts[-1]))
         if batch < min(chunk, max_rows)
     ]
-    return [
+    found = [
         rows
         for rows in (*decodes, *prompts, *several, *mixed)
         if sum(new + context for new, context in rows) <= kv_tokens
         and sum(new for new, _ in rows) <= max_tokens
         and all(new + context < max_model_len for new, context in rows)
     ]
+    if len(found) < FEWEST:
+        raise ValueError(
+            f"only {len(found)} kinds of steps fit into {kv_tokens} tokens of KV cache and {max_rows} "
+            f"sequences, and {FEWEST} are needed; raise --kv-cache-memory"
+        )
+    return found
 
 
 def split(steps: Sequence[MeasuredStep]) -> tuple[list[MeasuredStep], list[MeasuredStep]]:
@@ -99,14 +128,17 @@ async def measure(
     steps: Sequence[tuple[Row, ...]],
     repeats: int,
     clock: Callable[[], float],
+    read: Callable[[], int],
     heard: Callable[[], None] = lambda: None,
-) -> list[MeasuredStep]:
-    """Run all steps `repeats` times in turn, after one round that is not counted; each with its median.
+) -> tuple[list[MeasuredStep], float]:
+    """Run all steps `repeats` times in turn, after one round that is not counted; each with its median, and
+    bytes a second at which `read`, which says how many it reads, does so with the same threads.
 
     They take turns since other work on a machine comes in spells: it should not meet all of one step's
     repeats. `heard` is called for each step that was run.
     """
     taken: list[list[float]] = [[] for _ in steps]
+    read_s: list[float] = []
     for turn in range(repeats + 1):
         for rows, times in zip(steps, taken, strict=True):
             *before, timed = _plans(engine, rows)
@@ -119,7 +151,12 @@ async def measure(
                 times.append(seconds)
             heard()
             await asyncio.sleep(0)  # where Ctrl-C is heard
-    return [MeasuredStep(rows, statistics.median(times)) for rows, times in zip(steps, taken, strict=True)]
+        for _ in range(READS):
+            began = clock()
+            size = read()
+            read_s.append(clock() - began)
+    found = [MeasuredStep(rows, statistics.median(times)) for rows, times in zip(steps, taken, strict=True)]
+    return found, size / statistics.median(read_s[READS:])
 
 
 def _plans(engine: Engine, rows: tuple[Row, ...]) -> list[StepPlan]:

@@ -51,6 +51,11 @@ class ModelShape:
         return self.hidden * self.vocab
 
     @property
+    def weights(self) -> int:
+        """That a step reads."""
+        return self.layer_weights + self.head_weights
+
+    @property
     def kv_bytes(self) -> float:
         """Bytes of the keys and values of one position, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes_each

@@ -2,8 +2,9 @@
 
     step = step_s + rows · row_s + linear + attention + all-reduces
 
-    linear       max(2 · weights · tokens / linear FLOP/s, weight bytes / bytes/s); the output projection
-                 multiplies one position for each row
+    linear       2 · weights · tokens / linear FLOP/s and weight bytes / bytes/s: the longer of the two, and
+                 what does not overlap of the shorter; the output projection multiplies one position for each
+                 row
     attention    for each row max(pairs of query and visible position · FLOPs of a pair / attention FLOP/s,
                  KV bytes read and written / KV bytes/s)
     all-reduce   with n devices, two in each layer, of tokens · hidden elements: 2 (n - 1) / n of the bytes
@@ -47,6 +48,9 @@ class Rates:
     """Between the devices of a worker, one direction of one device; a lone one sends nothing."""
     all_reduce_s: float = 0.0
     """Latency of one all-reduce."""
+    overlap: float = 1.0
+    """Share of the shorter of reading weights and multiplying with them that is hidden behind the longer: 1
+    is the roofline, 0 is one after the other, as on a core that waits for what it reads."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,6 +62,8 @@ class Rates:
         for name in ("step_s", "row_s", "all_reduce_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 s, got {getattr(self, name)}")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap must be between 0 and 1, got {self.overlap}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,7 @@ class StepCost:
         bytes_s = 1.0 / (devices * rates.bytes_per_s)
         self._layers_read_s = shape.layer_weights * shape.weight_bytes_each * bytes_s
         self._head_read_s = shape.head_weights * shape.weight_bytes_each * bytes_s
+        self._in_turn = 1.0 - rates.overlap
         self._pair_s = shape.pair_flops / (devices * rates.attention_flops_per_s)
         # Devices beyond the number of kv heads keep copies, so that each has ceil(kv_heads / devices).
         kept = -(-shape.kv_heads // devices) / shape.kv_heads
@@ -111,6 +118,8 @@ class StepCost:
         layers, head = tokens * self._layers_token_s, len(rows) * self._head_row_s
         total += layers if layers > self._layers_read_s else self._layers_read_s
         total += head if head > self._head_read_s else self._head_read_s
+        if self._in_turn:
+            total += self._in_turn * (min(layers, self._layers_read_s) + min(head, self._head_read_s))
         return total + tokens * self._reduce_token_s
 
     def parts(self, rows: Sequence[Row]) -> Parts:
@@ -125,8 +134,9 @@ class StepCost:
             )
             for new, context in rows
         )
-        linear = max(tokens * self._layers_token_s, self._layers_read_s)
-        linear += max(len(rows) * self._head_row_s, self._head_read_s)
+        both = (tokens * self._layers_token_s, self._layers_read_s)
+        of_head = (len(rows) * self._head_row_s, self._head_read_s)
+        linear = max(both) + max(of_head) + self._in_turn * (min(both) + min(of_head))
         overhead = self.rates.step_s + len(rows) * self.rates.row_s
         return Parts(overhead, linear, attention, self._reduce_s + tokens * self._reduce_token_s)
 
