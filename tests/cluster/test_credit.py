@@ -33,7 +33,7 @@ def test_a_worker_has_enough_when_prompts_of_some_steps_wait_there() -> None:
     found = {queued: credited(table(member("w", queued=queued))) for queued in (199, 200, 299, 300, 399, 400)}
     assert found == {199: "hnl", 200: "hn", 299: "hn", 300: "h", 399: "h", 400: ""}
     on_its_way = member("w", queued=150)
-    on_its_way.expect("leg", 50)
+    on_its_way.expect("leg", 50, Band.NORMAL)
     assert credited(table(on_its_way)) == "hn"
     assert credited(table(member("w", queued=10_000)), steps=math.inf) == "hnl"
 
@@ -66,6 +66,14 @@ def test_what_fits_is_a_question_of_room_home_and_prefill() -> None:
     assert credit_of(homes, table(busy, idle), 2.0, []).fits(Band.HIGH, Needs(1, prefill=True))
     assert credit_of(homes, table(), 2.0, []).fits(Band.HIGH, Needs(1, prefill=True))  # at home then
     assert not credit_of(table(), table(), 2.0, []).fits(Band.HIGH, Needs())
+
+
+def test_room_at_one_worker_and_credit_at_another_are_no_place() -> None:
+    wide = member("a", max_num_seqs=8, max_waiting=2, queued=1000)
+    quick = member("b", max_num_seqs=8, max_waiting=2, open_samples=7)
+    found = credit_of(table(wide, quick), table(), 2.0, [])
+    assert found.fits(Band.NORMAL, Needs(3))
+    assert not found.fits(Band.NORMAL, Needs(4))  # so who asks for fewer goes before it
 
 
 def test_demand_is_a_rate_of_the_more_urgent_and_fades() -> None:

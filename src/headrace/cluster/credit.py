@@ -12,7 +12,7 @@ In: tables of facts. Out: what fits now. Lengths in tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,15 +54,13 @@ def has_credit(facts: Table, band: Band, steps_ahead: float, *, reserve: bool = 
 class Credit:
     """What the workers of one model may be given now."""
 
-    most_samples: int
-    """That the roomiest has room for."""
-    homes: frozenset[Band]
-    """Classes for which a worker that decodes has credit."""
+    homes: Mapping[Band, int]
+    """By class: how many samples the roomiest worker that decodes, and has credit for it, has room for."""
     prefills: frozenset[Band]
     """Classes for which a worker that prefills for others has credit, or none of those has room at all."""
 
     def fits(self, band: Band, needs: Needs) -> bool:
-        if needs.samples > self.most_samples or band not in self.homes:
+        if needs.samples > self.homes[band]:
             return False
         return band in self.prefills or not needs.prefill
 
@@ -70,13 +68,11 @@ class Credit:
 def credit_of(homes: Table, prefills: Table, steps_ahead: float, reserved: Collection[Band]) -> Credit:
     """`homes` and `prefills` are those that have room at all, `reserved` the classes that leave a reserve."""
 
-    def some(facts: Table, band: Band) -> bool:
-        reserve = band in reserved
-        return bool(has_credit(facts, band, steps_ahead, reserve=reserve).any())
+    def having(facts: Table, band: Band) -> NDArray[np.bool_]:
+        return has_credit(facts, band, steps_ahead, reserve=band in reserved)
 
     room = homes[:, Fact.MOST_SAMPLES] - homes[:, Fact.OPEN_SAMPLES]
     return Credit(
-        int(room.max()) if len(room) else 0,
-        frozenset(band for band in Band if some(homes, band)),
-        frozenset(band for band in Band if not len(prefills) or some(prefills, band)),
+        {band: int(room[having(homes, band)].max(initial=0.0)) for band in Band},
+        frozenset(band for band in Band if not len(prefills) or having(prefills, band).any()),
     )
