@@ -57,7 +57,7 @@ def server(key: str = "") -> Iterator[str]:
 
 
 def once(url: str, *options: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["top", "--once", "--server", url, *options])
+    done = CliRunner().invoke(app, ["top", "--once", "--url", url, *options])
     return done.exit_code, done.output
 
 
@@ -76,6 +76,20 @@ def test_one_frame_is_plain_text() -> None:
     assert "\x1b" not in said
 
 
+@pytest.mark.parametrize(
+    ("said", "options", "width"), [("", (), 160), ("125", (), 125), ("125", ("--width", "80"), 80)]
+)
+def test_a_frame_in_a_pipe_is_as_wide_as_columns_or_the_option_says(
+    monkeypatch: pytest.MonkeyPatch, said: str, options: tuple[str, ...], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", said)
+    with server() as url:
+        code, shown = once(url, *options)
+    assert code == 0, shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert (("LEASED" in shown), ("Latency, since" in shown)) == (width >= 120, width >= 140)
+
+
 def test_a_key_is_sent() -> None:
     with server("secret") as url:
         assert once(url) == (1, "headrace: error: give a key\n")
@@ -90,7 +104,7 @@ def test_no_server_is_one_line() -> None:
     assert said.startswith(f"headrace: error: no server answers at {url}")
     code, said = once("127.0.0.1:8000")
     assert code == 1
-    assert "--server 127.0.0.1:8000 is no address of HTTP; give http://HOST:PORT" in said
+    assert "--url 127.0.0.1:8000 is no address of HTTP; give http://HOST:PORT" in said
 
 
 def test_without_a_terminal_it_says_what_to_do() -> None:
@@ -103,7 +117,7 @@ def test_without_a_terminal_it_says_what_to_do() -> None:
 def test_the_terminal_is_left_as_it_was(how: str) -> None:
     """From a server that is away to one that answers, and out."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "headrace", "top", "--interval", "0.1", "--server"]
+    command = [sys.executable, "-m", "headrace", "top", "--interval", "0.1", "--url"]
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         away = f"http://127.0.0.1:{free.getsockname()[1]}"
     process = subprocess.Popen(

@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.cluster import GatewayObserver
 from headrace.cluster.classes import Refusal
 from headrace.cluster.options import AdmissionOptions, DegradeStep, GatewayOptions, ModelOptions
-from headrace.observe import MetricsByModel
+from headrace.observe import Metrics, MetricsByModel
 from headrace.protocol.requests import GenerateRequest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 
 from house import request
-from members import member
+from members import member, step_stats
 
 OPTIONS = GatewayOptions(
     models=(ModelOptions(name="m", smaller="tiny"), ModelOptions(name="tiny")),
@@ -80,3 +81,32 @@ def test_attainment_is_of_all_models_together() -> None:
 def test_nothing_that_is_observed_is_lost() -> None:
     for name, _ in inspect.getmembers(GatewayObserver, inspect.isfunction):
         assert name in vars(MetricsByModel), f"{name} is not handed on"
+
+
+def test_what_is_kept_of_workers_that_are_gone_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.observe.metrics.GONE_KEPT", 3)
+    for metrics in (Metrics("m", lambda: 0.0), MetricsByModel(lambda: 0.0, OPTIONS)):
+        for number in range(50):
+            metrics.engine_up(member(f"w{number}").info)
+            metrics.step(f"w{number}", step_stats(prefix_queries=10))
+            metrics.engine_lost(f"w{number}")
+        one = metrics if isinstance(metrics, Metrics) else metrics._of["m"]
+        assert (len(one._counted), len(one._gone)) == (0, 3)
+        if isinstance(metrics, MetricsByModel):
+            assert not metrics._workers
+
+
+def test_an_engine_whose_connection_was_lost_counts_on_and_is_no_other() -> None:
+    metrics, worker = MetricsByModel(lambda: 0.0, OPTIONS), member("w").info
+    metrics.engine_up(worker)
+    metrics.step("w", step_stats(prefix_queries=10))
+    metrics.engine_lost("w")
+    metrics.engine_up(worker)
+    metrics.step("w", step_stats(prefix_queries=15))
+    found = page(metrics)
+    assert (found["engine_starts_total", "m"], found["prefix_cache_queries_total", "m"]) == (1, 15)
+    metrics.engine_lost("w")
+    metrics.engine_up(msgspec.structs.replace(worker, generation=worker.generation + 1))
+    metrics.step("w", step_stats(prefix_queries=4))
+    found = page(metrics)
+    assert (found["engine_starts_total", "m"], found["prefix_cache_queries_total", "m"]) == (2, 19)

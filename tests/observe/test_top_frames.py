@@ -49,17 +49,9 @@ def test_quantiles_are_interpolated(share: float, size: float) -> None:
     assert SEEN.quantile(share) == pytest.approx(size)
 
 
-@pytest.mark.parametrize(
-    ("size", "share"), [(0.5, 0.125), (1.0, 0.25), (3.0, 0.5), (4.0, 0.75), (99.0, 0.75)]
-)
-def test_shares_are_interpolated(size: float, share: float) -> None:
-    assert SEEN.share_up_to(size) == pytest.approx(share)
-
-
-def test_nothing_seen_has_neither() -> None:
+def test_nothing_seen_has_none() -> None:
     for nothing in (Distribution(), SEEN.since(SEEN)):
         assert nothing.quantile(0.5) is None
-        assert nothing.share_up_to(1.0) is None
         assert nothing.count == 0
 
 
@@ -94,7 +86,13 @@ def test_a_frame_is_of_the_time_between_two_readings() -> None:
     assert shown.ttft.slo_s == 1.0
     assert shown.ttft.p50_s is not None and shown.ttft.p99_s is not None
     assert shown.ttft.p50_s < shown.ttft.p99_s
-    assert shown.ttft.within is not None and 0 < shown.ttft.within < 1
+    assert [(level.band, level.limit_s, level.met, level.judged) for level in shown.ttft.levels] == [
+        ("high", 1.0, 0, 0),
+        ("normal", 1.0, 6, 8),
+        ("low", 3.0, 0, 0),
+    ]
+    assert [level.within for level in shown.ttft.levels] == [None, 0.75, None]
+    assert [level.limit_s for level in shown.tpot.levels] == [0.15, 0.15, 0.15]
     assert shown.transfers == 9
     assert (shown.running, shown.waiting, shown.open) == (5, 3, 8)
 
@@ -183,8 +181,29 @@ def test_nothing_is_wider_than_the_screen_or_cut(width: int) -> None:
     assert "…" not in said
     for word in (
         *("smollm2-135m", "ready, 3 of 3 workers up", "8 open", "5 running", "3 waiting", "0 refused"),
-        *("TTFT", "TPOT", "SLO 1.00 s", "SLO 150 ms", "hit rate 40%", "0 failed", "0 replayed", "MiB/s"),
-        *("prefill-1", "decode-2", "2 of 2 up", "KV USAGE", "HIT", "STEP", "last 4 s", "█", "░"),
+        *(
+            "TTFT",
+            "TPOT",
+            "normal 1.00 s",
+            "low 3.00 s",
+            "high 150 ms",
+            "hit rate 40%",
+            "0 failed",
+            "0 replayed",
+            "MiB/s",
+        ),
+        *(
+            "75% of 8 within",
+            "prefill-1",
+            "decode-2",
+            "2 of 2 up",
+            "KV USAGE",
+            "HIT",
+            "STEP",
+            "last 4 s",
+            "█",
+            "░",
+        ),
     ):
         assert word in said, word
     assert ("LEASED" in said) == (width >= 120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import urllib.error
 import urllib.parse
@@ -17,7 +18,7 @@ from headrace.cli.journeys import journey_lines
 
 TIMEOUT_S = 10.0
 WIDTH = 160
-"""Characters of a line that goes into a file or a pipe."""
+"""Characters of a line that goes into a file or a pipe, where COLUMNS does not say."""
 
 Url = Annotated[str, typer.Option(help="The server's address.")]
 ApiKey = Annotated[
@@ -81,7 +82,7 @@ def _show_status(answer: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(width=width_of_text())
     console.print(f"{answer['state']}, {answer['open_sequences']} sequences open", highlight=False)
     for line in [*queue_lines(answer.get("queue") or []), *attainment_lines(answer.get("slo") or {})]:
         console.print(line, highlight=False)
@@ -108,6 +109,14 @@ def _show_status(answer: dict[str, Any]) -> None:
             f"{worker['heard_s_ago']:.1f} s",
         )
     console.print(table)
+
+
+def width_of_text() -> int | None:
+    """Columns of what is printed into a file or a pipe: by COLUMNS, or `WIDTH`; None: the terminal's."""
+    if sys.stdout.isatty():
+        return None
+    said = os.environ.get("COLUMNS", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else WIDTH
 
 
 def queue_lines(queues: list[dict[str, Any]]) -> list[str]:

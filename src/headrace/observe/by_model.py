@@ -58,7 +58,7 @@ class MetricsByModel(GatewayObserver, Collector):
         metrics.engine_up(worker)
 
     def engine_lost(self, worker_id: str) -> None:
-        self._workers[worker_id].engine_lost(worker_id)
+        self._workers.pop(worker_id).engine_lost(worker_id)
 
     def worker_became(self, worker: WorkerInfo, state: MemberState) -> None:
         self._of[worker.engine.model].worker_became(worker, state)

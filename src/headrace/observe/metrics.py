@@ -7,7 +7,9 @@ with another prefix, so that dashboards carry over; what vLLM has no name for is
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import generate_latest
@@ -64,9 +66,19 @@ TRANSFERRED = "transferred"
 _MET = {True: "true", False: "false"}
 _THERE = [state for state in MemberState if state is not MemberState.DOWN]
 _Totals = tuple[int, int, int, int]
-_NO_TOTALS = (0, 0, 0, 0)
+GONE_KEPT = 1000
+"""Of so many workers that went, what was counted of them is remembered: one whose connection was lost may
+dial in again with the same engine, whose totals go on."""
 
 _Instrument = TypeVar("_Instrument", bound=Instrument)
+
+
+@dataclass(slots=True)
+class _Counted:
+    """What of an engine's totals is in the counters."""
+
+    generation: int
+    totals: _Totals = (0, 0, 0, 0)
 
 
 class Metrics(GatewayObserver, Collector):
@@ -217,8 +229,8 @@ class Metrics(GatewayObserver, Collector):
         self._cache_info = add(Info("cache_config_info", "How the KV cache is cut."))
         self._efficiency.value = 1.0
         self._states: dict[str, tuple[str, str]] = {}  # role and state of each worker
-        self._generations: dict[str, int] = {}
-        self._last_totals: dict[str, _Totals] = {}
+        self._counted: dict[str, _Counted] = {}
+        self._gone: OrderedDict[str, _Counted] = OrderedDict()  # they may come back as they were
         self._last_stats: dict[str, StepStats] = {}
         self._infos: dict[str, EngineInfo] = {}
 
@@ -249,10 +261,12 @@ class Metrics(GatewayObserver, Collector):
 
     def engine_up(self, worker: WorkerInfo) -> None:
         worker_id, info = worker.worker_id, worker.engine
-        if self._generations.get(worker_id) != worker.generation:
-            self._generations[worker_id] = worker.generation
+        known = self._gone.pop(worker_id, None) or self._counted.get(worker_id)
+        if known is not None and known.generation == worker.generation:
+            self._counted[worker_id] = known
+        else:
             self._engine_starts.value += 1
-            self._last_totals[worker_id] = _NO_TOTALS  # an engine counts from 0
+            self._counted[worker_id] = _Counted(worker.generation)  # an engine counts from 0
         self._infos[worker_id] = info
         self.worker_became(worker, MemberState.UP)
         self._model_info.facts = {
@@ -278,6 +292,10 @@ class Metrics(GatewayObserver, Collector):
             self._workers.values[was] -= 1
         self._infos.pop(worker_id, None)
         self._last_stats.pop(worker_id, None)
+        if (counted := self._counted.pop(worker_id, None)) is not None:
+            self._gone[worker_id] = counted
+            if len(self._gone) > GONE_KEPT:
+                self._gone.popitem(last=False)
 
     def worker_became(self, worker: WorkerInfo, state: MemberState) -> None:
         if (was := self._states.pop(worker.worker_id, None)) is not None:
@@ -389,10 +407,11 @@ class Metrics(GatewayObserver, Collector):
     def _count_totals(self, worker_id: str, stats: StepStats) -> None:
         """Add what has come to an engine's totals."""
         totals = (stats.prefix_queries, stats.prefix_hits, stats.preemptions, stats.evictions)
-        before = self._last_totals.get(worker_id, _NO_TOTALS)
+        counted = self._counted[worker_id]
+        before = counted.totals
         if totals == before:
             return
         counters = (self._prefix_queries, self._prefix_hits, self._preemptions, self._evictions)
         for counter, total, last in zip(counters, totals, before, strict=True):
             counter.value += total - last
-        self._last_totals[worker_id] = totals
+        counted.totals = totals

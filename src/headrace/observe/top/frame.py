@@ -44,15 +44,34 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """What one class may expect of one of the times that have an SLO, and what it got."""
+
+    band: str
+    limit_s: float
+    met: int
+    judged: int
+
+    @property
+    def within(self) -> float | None:
+        """The share that got it; None where nothing was judged."""
+        return _share(self.met, self.judged)
+
+
+@dataclass(frozen=True, slots=True)
 class Latency:
     """One of the times that have an SLO."""
 
     p50_s: float | None
     p99_s: float | None
-    slo_s: float | None
-    within: float | None
-    """Share of requests within the SLO."""
     count: int
+    levels: tuple[Level, ...]
+    """Of each class, the most urgent first."""
+
+    @property
+    def slo_s(self) -> float | None:
+        """The strictest of the classes' limits."""
+        return min((level.limit_s for level in self.levels), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +155,10 @@ def _frame(now: Reading, base: Reading | None, recent: Reading | None) -> Frame:
         found = now.distribution(name)
         return found.since(base.distribution(name)) if base is not None else found
 
-    slo = now.cluster.get("slo") or {}
+    def latency(name: str, slo: str) -> Latency:
+        seen = spread(name)
+        return Latency(seen.quantile(0.5), seen.quantile(0.99), int(seen.count), _levels(now, base, slo))
+
     outcomes = came_by("kv_transfers", "outcome")
     before = {one["id"]: one for one in base.cluster["workers"]} if base is not None else {}
     return Frame(
@@ -150,8 +172,8 @@ def _frame(now: Reading, base: Reading | None, recent: Reading | None) -> Frame:
         requests_per_s=rate("request_success"),
         tokens_per_s=rate("generation_tokens"),
         prompt_tokens_per_s=rate("prompt_tokens"),
-        ttft=_latency(spread("time_to_first_token_seconds"), slo.get("ttft_s")),
-        tpot=_latency(spread("request_time_per_output_token_seconds"), slo.get("tpot_s")),
+        ttft=latency("time_to_first_token_seconds", "ttft"),
+        tpot=latency("request_time_per_output_token_seconds", "tpot"),
         hit_rate=_share(came("prefix_cache_hits"), came("prefix_cache_queries")),
         transfers=outcomes.pop(TRANSFERRED, 0),
         transfer_bytes_per_s=rate("kv_transfer_bytes"),
@@ -172,9 +194,22 @@ def _frame(now: Reading, base: Reading | None, recent: Reading | None) -> Frame:
     )
 
 
-def _latency(seen: Distribution, slo_s: float | None) -> Latency:
-    within = seen.share_up_to(slo_s) if slo_s is not None else None
-    return Latency(seen.quantile(0.5), seen.quantile(0.99), slo_s, within, int(seen.count))
+def _levels(now: Reading, base: Reading | None, slo: str) -> tuple[Level, ...]:
+    limits = {
+        one["class"]: one["limit_s"]
+        for one in (now.cluster.get("slo") or {}).get("attainment", [])
+        if one["slo"] == slo
+    }
+
+    def judged(band: str, met: str) -> int:
+        labels = (("class", band), ("met", met), ("slo", slo))
+        before = base.value("slo_requests", labels) if base is not None else 0.0
+        return int(now.value("slo_requests", labels) - before)
+
+    return tuple(
+        Level(band, limit_s, met := judged(band, "true"), met + judged(band, "false"))
+        for band, limit_s in limits.items()
+    )
 
 
 def _worker(one: Mapping[str, Any], before: Mapping[str, Any] | None) -> Worker:

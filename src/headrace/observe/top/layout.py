@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headrace.observe.top.frame import ROLES, Frame, Latency, Worker
+from headrace.observe.top.frame import ROLES, Frame, Latency, Level, Worker
 
 WIDE = 120
 """From so many columns on, workers have more of them."""
@@ -61,7 +61,7 @@ def covers(frame: Frame) -> str:
 def _lines(frame: Frame) -> Group:
     """A line for each thing, where there is little room."""
     rows = Table.grid(padding=(0, 1))
-    for width in (12, 13, 12, 12, None):
+    for width in (12, 13, 11, 13, None):
         rows.add_column(width=width, no_wrap=width is not None)
     open_, running, waiting = _queues(frame)
     rows.add_row(_name("Requests"), f"{_rate(frame.requests_per_s)}/s ended", open_, running, waiting)
@@ -71,7 +71,10 @@ def _lines(frame: Frame) -> Group:
     tokens = f"{_rate(frame.tokens_per_s)}/s out", f"{_rate(frame.prompt_tokens_per_s)}/s in"
     rows.add_row(_name("Tokens"), *tokens, "", f"hit rate {_percent(frame.hit_rate)}")
     for name, latency in _timed(frame):
-        rows.add_row(_name(name), *_percentiles(latency), *_against_slo(latency))
+        first, *others = [_against_slo(level) for level in latency.levels] or [("", Text())]
+        rows.add_row(_name(name), *_percentiles(latency), *first)
+        for level in others:
+            rows.add_row("", "", "", *level)
     moved = f"{frame.transfers} moved", f"{_bytes(frame.transfer_bytes_per_s)}/s"
     failed = _tally(frame.transfer_failures, _BAD, "failed")
     rows.add_row(_name("Transfers"), *moved, f"p50 {_seconds(frame.transfer_p50_s)}", failed)
@@ -99,7 +102,8 @@ def _latencies(frame: Frame) -> Group:
     rows = _rows()
     for name, latency in _timed(frame):
         rows.add_row(_label(name), *_percentiles(latency))
-        rows.add_row("", *_against_slo(latency))
+        for level in latency.levels:
+            rows.add_row("", *_against_slo(level))
     return Group(_name(f"Latency, {covers(frame)}"), rows)
 
 
@@ -155,14 +159,13 @@ def _percentiles(latency: Latency) -> tuple[Text, Text]:
     )
 
 
-def _against_slo(latency: Latency) -> tuple[str, Text]:
-    if latency.slo_s is None:
-        return "", Text()
+def _against_slo(level: Level) -> tuple[str, Text]:
+    """What a class may expect, and how many of it got that."""
     within = Text(_NONE)
-    if latency.within is not None:
-        style = _GOOD if latency.within >= 0.99 else _FAIR if latency.within >= 0.5 else _BAD
-        within = Text(f"about {latency.within:.0%} of {latency.count} within", style)
-    return f"SLO {_seconds(latency.slo_s)}", within
+    if level.within is not None:
+        style = _GOOD if level.within >= 0.99 else _FAIR if level.within >= 0.5 else _BAD
+        within = Text(f"{level.within:.0%} of {level.judged} within", style)
+    return f"{level.band} {_seconds(level.limit_s)}", within
 
 
 def _time_against(time_s: float | None, slo_s: float | None) -> Text:

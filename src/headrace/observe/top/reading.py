@@ -54,18 +54,6 @@ class Distribution:
             below, low = up_to, bound
         return math.inf
 
-    def share_up_to(self, size: float) -> float | None:
-        """The share that is not above `size`, interpolated likewise; None where nothing was seen."""
-        if not self.count:
-            return None
-        below, low = 0.0, 0.0
-        for bound, up_to in zip(self.bounds, self.up_to, strict=True):
-            if size < bound:
-                inside = 0.0 if math.isinf(bound) else (up_to - below) * (size - low) / (bound - low)
-                return (below + inside) / self.count
-            below, low = up_to, bound
-        return 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -110,6 +98,10 @@ class Reading:
     def total(self, name: str) -> float:
         """A counter or gauge, summed over its labels; 0 for one that the server does not have."""
         return sum(self.values.get(name, _NONE).values())
+
+    def value(self, name: str, labels: Labels) -> float:
+        """A counter or gauge at labels, which are in order of their names; 0 where there is none."""
+        return self.values.get(name, _NONE).get(labels, 0.0)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """The same, by the values of one label."""

@@ -23,7 +23,7 @@ class Source:
         """Raises ValueError for what is no address."""
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--server {url} is no address of HTTP; give http://HOST:PORT")
+            raise ValueError(f"--url {url} is no address of HTTP; give http://HOST:PORT")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def read(self) -> Reading:
