@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from headrace.cluster.placement import every
 from headrace.cluster.registry import Member
 from headrace.cluster.routing import Candidates, Decision, Policy, Router, Terms, Wish
 from headrace.cluster.routing.policies import POLICIES
+from headrace.cluster.routing.sessions import Sessions
 from headrace.engine.identity import BlockHasher
 from headrace.protocol.messages import KVSnapshot
 
@@ -99,6 +101,63 @@ def test_a_weight_of_nothing_takes_a_term_out() -> None:
     assert house.choose().worker == "b"
     house = House(member("a"), member("b", queued=50), holds={"b": 400}, prefix_cache_weight=0.0)
     assert house.choose().worker == "a"
+
+
+def test_a_session_stays_where_it_went_while_others_are_hardly_better() -> None:
+    a, b = member("a"), member("b")
+    house = House(a, b)
+    assert house.choose("s").worker == "a"  # by name
+    a.told(step_stats(queued_tokens=4), 0.0)  # of 100 in a full step
+    decision = house.choose("s")
+    assert decision.worker == "a"
+    assert {one.worker: one.terms["affinity"] for one in decision.considered()} == {"a": 0.0, "b": 0.05}
+    assert house.choose("another").worker == "b"
+    assert house.choose("").worker == "b"
+    assert "affinity" not in house.choose("").terms
+    a.told(step_stats(queued_tokens=6), 0.0)
+    assert house.choose("s").worker == "b"
+    a.told(step_stats(queued_tokens=0), 0.0)
+    b.told(step_stats(queued_tokens=3), 0.0)
+    assert house.choose("s").worker == "b"  # where it went last
+
+
+def test_without_weight_or_session_nothing_is_changed_by_affinity() -> None:
+    for options, session in (({"affinity_weight": 0.0}, "s"), ({}, "")):
+        a = member("a")
+        house = House(a, member("b"), **options)
+        assert house.choose(session).worker == "a"
+        a.told(step_stats(queued_tokens=1), 0.0)
+        assert house.choose(session).worker == "b"
+
+
+def test_a_session_has_one_home_and_one_prefill_worker() -> None:
+    homes, prefills = House(member("d0"), member("d1")), House(member("p0"), member("p1"))
+    prefills.router = homes.router
+    homes.choose("s")
+    prefills.choose("s", purpose="prefill")
+    for house, purpose in ((homes, "decode"), (prefills, "prefill")):
+        house.members[0].told(step_stats(queued_tokens=3), 0.0)
+        assert house.choose("s", purpose=purpose).worker == house.members[0].worker_id
+
+
+def test_a_worker_that_was_started_again_is_another_one() -> None:
+    sessions, a, b = Sessions(), member("a"), member("b")
+    sessions.went("s", b)
+    assert sessions.last("s", [a, b]) == 1
+    assert sessions.last("s", [a]) is None
+    b.info = msgspec.structs.replace(b.info, generation=2)
+    assert sessions.last("s", [a, b]) is None
+    sessions.went("", a)
+    assert (len(sessions), sessions.last("", [a])) == (1, None)
+
+
+def test_the_sessions_that_were_silent_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.cluster.routing.sessions.KEPT", 2)
+    sessions, a = Sessions(), member("a")
+    for session in ("x", "y", "x", "z" * 10**5):
+        sessions.went(session, a)
+    assert len(sessions) == 2
+    assert [sessions.last(session, [a]) for session in ("x", "y", "z" * 10**5)] == [0, None, 0]
 
 
 # ---- the other policies --------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def gateway_options(file: ClusterFile, path: Path | None = None) -> GatewayOptio
             prefix_cache_weight=split.prefix_cache_weight,
             queue_length_weight=split.queue_length_weight,
             decode_load_weight=split.decode_load_weight,
+            affinity_weight=split.affinity_weight,
             hotspot_prevention=split.enable_hotspot_prevention,
             min_cache_hit_ratio=file.cache.min_cache_hit_ratio,
         ),

@@ -30,6 +30,9 @@ class RoutingOptions:
     """Of the prompt tokens that wait there."""
     decode_load_weight: float = 0.5
     """Of what it decodes already."""
+    affinity_weight: float = 0.05
+    """Of all workers but the one that the session's last request went to: so much of a full step it may be
+    behind another."""
     hotspot_prevention: bool = True
     """Whether a popular prefix spreads to more workers when those that hold it are busier than others."""
     min_cache_hit_ratio: float = 0.0

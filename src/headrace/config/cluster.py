@@ -129,6 +129,9 @@ class SplitPolicy(Section):
     """Weight, in the policy `cost`, of what waits at a worker."""
     decode_load_weight: Weight = 0.5
     """Weight, in the policy `cost`, of what a worker decodes."""
+    affinity_weight: Weight = 0.05
+    """Weight, in the policy `cost`, of not being the worker that the session's last request went to; 0 leaves
+    it out."""
     enable_hotspot_prevention: bool = True
     """Whether, in the policy `cost`, a popular prefix spreads when the workers that hold it are busier than
     others."""

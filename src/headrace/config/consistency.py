@@ -13,7 +13,7 @@ from headrace.config.engine import EngineOptions
 from headrace.config.sizes import parse_size
 
 _MEASURES = ("queue_length", "gpu_utilization", "kv_cache_usage")
-_WEIGHTS = ("prefix_cache_weight", "queue_length_weight", "decode_load_weight")
+_WEIGHTS = ("prefix_cache_weight", "queue_length_weight", "decode_load_weight", "affinity_weight")
 _FORESEEN = ("policy", "low_priority_threshold_ms")
 _LATE = 0.6
 """A page for so large a share of missed requests comes late."""

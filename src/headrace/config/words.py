@@ -189,6 +189,7 @@ _SENTENCES: dict[str, Says] = {
     "split_policy.prefix_cache_weight": _weight("the prompt's blocks that a worker does not hold"),
     "split_policy.queue_length_weight": _weight("what waits at a worker"),
     "split_policy.decode_load_weight": _weight("what a worker decodes"),
+    "split_policy.affinity_weight": _weight("leaving the worker of a session's last request"),
     "split_policy.enable_hotspot_prevention": _acts_with_cost(
         "a popular prefix spreads to more workers when its own are busier than others",
         "a popular prefix stays with the workers that hold it, however busy they are",

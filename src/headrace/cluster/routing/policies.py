@@ -39,6 +39,8 @@ class Cost(Policy):
         }
         if options.hotspot_prevention:
             found["hot spot"] = _hot(among) * among.wish.prompt_tokens / step
+        if options.affinity_weight and among.last is not None:
+            found["affinity"] = options.affinity_weight * _only(among, among.last)
         return found
 
 

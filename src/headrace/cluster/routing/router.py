@@ -22,6 +22,7 @@ from headrace.cluster.routing.decision import Decision
 from headrace.cluster.routing.own import in_words
 from headrace.cluster.routing.policies import policy_of
 from headrace.cluster.routing.policy import Terms
+from headrace.cluster.routing.sessions import Sessions
 from headrace.world import Chance
 
 PURPOSES = ("decode", "prefill")
@@ -41,6 +42,7 @@ class Router:
         self._name = options.policy
         self._policies = {purpose: policy_of(options, chance) for purpose in PURPOSES}
         """One each: what takes turns takes them among those that decode, and among those that prefill."""
+        self._sessions = {purpose: Sessions() for purpose in PURPOSES}
         self._holdings = holdings
         self._report = report
         self._has_failed = False
@@ -51,7 +53,8 @@ class Router:
 
     def choose(self, among: Candidates, *, purpose: str) -> tuple[Member, Decision]:
         """One of at least one member, for one of the `PURPOSES`."""
-        members = among.members
+        members, sessions = among.members, self._sessions[purpose]
+        among.last = sessions.last(among.wish.session, members)
         rule = f"lowest score of policy {self._name}"
         try:
             terms = _checked(self._policies[purpose].terms(among), len(members))
@@ -68,6 +71,7 @@ class Router:
         if len(members) == 1:
             rule = "the only one with room"
         best = _lowest(scores, among)
+        sessions.went(among.wish.session, members[best])
         decision = Decision(
             at_s=among.now,
             purpose=purpose,
