@@ -56,6 +56,7 @@ def run(job: tuple[str, float, argparse.Namespace]) -> Run:
     gateway = replace(
         PLANNED,
         routing=replace(PLANNED.routing, policy=policy),
+        split=replace(PLANNED.split, prompt_length_threshold=asked.threshold),
         admission=AdmissionOptions(early_rejection=not asked.admit_all, reject_on_slo_violation=True),
         slo=ServiceLevels(ttft_s=asked.ttft, tpot_s=asked.tpot),
     )
@@ -140,6 +141,9 @@ def main() -> int:
     parser.add_argument("--devices", type=int, help="of each worker (as memory asks for)")
     parser.add_argument("--ttft", type=float, default=10.0, help="objective, seconds (10)")
     parser.add_argument("--tpot", type=float, default=0.1, help="objective, seconds (0.1)")
+    parser.add_argument(
+        "--threshold", type=int, default=8192, help="prompt tokens above which others prefill (8192, a step)"
+    )
     parser.add_argument("--warm", type=float, default=0.3, help="share of requests that do not count (0.3)")
     parser.add_argument("--admit-all", action="store_true", help="refuse nothing")
     parser.add_argument(
