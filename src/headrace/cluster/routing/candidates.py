@@ -43,8 +43,8 @@ class Candidates:
         self.members = possible.members
         self.wish = wish
         self.last: int | None = None
-        """The place of the member that the session's last request went to, as the router knows; None: it is none
-        of these, or there is no session."""
+        """The place of the member that the session's last request went to, as the router knows; None: it is
+        none of these, or there is no session."""
         self.cached_tokens = cached_tokens
         self.uncached_tokens: Column = np.maximum(wish.prompt_tokens - cached_tokens, 1.0)
         """That a worker would have to compute before the first token; at least one."""
