@@ -14,7 +14,7 @@ from headrace.cluster.credit import credit_of, has_credit
 from headrace.cluster.demand import MEMORY_S, Demand
 from headrace.cluster.facts import Fact, Table, table_of
 from headrace.cluster.registry import Member
-from headrace.cluster.waiting import Needs
+from headrace.cluster.waiting import Ahead, Needs
 from headrace.protocol.messages import Role
 
 
@@ -110,9 +110,15 @@ def test_the_wait_behind_others_is_their_work_at_the_rate_of_all() -> None:
 def test_a_wait_is_longer_for_what_overtakes_it() -> None:
     facts = table(member("a"))
     per_s = float(prediction.prefill_tokens_per_s(facts).sum())
-    assert prediction.stretch(facts, 0.0) == 1.0
-    assert prediction.stretch(facts, per_s / 2) == pytest.approx(2.0)
-    assert prediction.stretch(facts, 2 * per_s) == prediction.MOST_STRETCH
+
+    def wait_s(share: float, prompts_per_s: float) -> float:
+        ahead = Ahead(overtaking_per_s=share * per_s, joining_per_s=prompts_per_s)
+        return prediction.overtaken_s(facts, 3.0, ahead)
+
+    assert prediction.overtaken_s(facts, 3.0, Ahead()) == 3.0
+    assert wait_s(0.5, 1e9) == pytest.approx(6.0, rel=1e-3)  # of many short ones it is certain how long
+    assert wait_s(0.5, 2.0) == pytest.approx(6.0 + prediction.SURE * math.sqrt(3.0 * 0.5 * 0.25 / 0.125))
+    assert wait_s(2.0, 1e9) == pytest.approx(3.0 * prediction.MOST_STRETCH, rel=1e-3)
 
 
 def test_urgent_requests_that_will_be_there_are_counted_once() -> None:

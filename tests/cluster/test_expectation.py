@@ -9,7 +9,7 @@ import pytest
 from members import member, step_stats
 
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Expectation
+from headrace.cluster.classes import Band, Expectation
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Desk, Dispatch
 from headrace.cluster.expectation import Naive, Predictive
@@ -134,3 +134,27 @@ def test_a_prompt_computed_elsewhere_waits_for_a_row_at_its_home() -> None:
     assert full.elsewhere_s == pytest.approx(free.ttft_s)
     home.open_samples = 50
     assert foreseen(pools, request(300)).ttft_s == pytest.approx(free.ttft_s + 49 * 2.5)
+
+
+def test_prompts_that_a_request_overtakes_at_a_worker_are_not_before_it() -> None:
+    def ttft_s(priority: int) -> float:
+        worker = member("w", max_num_seqs=64)
+        for name in ("one", "two", "three"):
+            worker.expect(name, 1000, Band.LOW)
+        return foreseen([worker], request(100, priority)).ttft_s
+
+    alone, behind, before = foreseen([member("w")], request(100)).ttft_s, ttft_s(1), ttft_s(0)
+    assert behind == pytest.approx(31 * alone)
+    assert before == pytest.approx(11 * alone)  # one of them may have been begun
+
+
+def test_a_worker_forgets_prompts_that_are_computed_or_not_wanted() -> None:
+    worker = member("w")
+    worker.expect("one", 1000, Band.LOW)
+    worker.expect("two", 1000, Band.LOW)
+    worker.has_seen("one")
+    assert len(worker.outstanding) == 2  # it is there, and not computed
+    worker.leaves("one")
+    worker.leaves("two")
+    worker.leaves("two")
+    assert not len(worker.outstanding)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from members import KEY, member, step_stats
 
+from headrace.cluster.classes import Band
 from headrace.cluster.holdings import Holdings, Prompt
 from headrace.cluster.options import RoutingOptions
 from headrace.cluster.placement import every
@@ -65,7 +66,7 @@ def test_until_the_queue_there_costs_more_than_computing_it_elsewhere(queued: in
 
 def test_prompts_on_their_way_count_as_queued() -> None:
     a, b = member("a"), member("b")
-    a.expect("one", 500)
+    a.expect("one", 500, Band.NORMAL)
     assert House(a, b).choose().worker == "b"
 
 

@@ -83,7 +83,7 @@ class Waiting:
 
     def credit(self, model: str) -> Credit:
         everybody = frozenset() if self.worker.is_full else frozenset(Band)
-        return Credit(self.worker.room, everybody, everybody)
+        return Credit(dict.fromkeys(Band, self.worker.room), everybody)
 
     def passes_in_s(self, model: str, tokens: float, samples: float) -> float:
         return 2.1 * tokens + 2.8 * samples

@@ -127,6 +127,8 @@ class Dispatch:
         """A worker's numbers are others."""
         for name in message.taken:
             member.has_seen(name)
+        for output in message.outputs:
+            member.outstanding.drop(output.request_id)
         for times in message.times:
             member.ended(times)
         if (stats := message.stats) is not None:
@@ -184,7 +186,7 @@ class Dispatch:
             self._plan_prefill(accepted, accepted.home, elsewhere[1])
         else:
             accepted.stage = Stage.AT_HOME
-            home.expect(name, uncached)
+            home.expect(name, uncached, Band.of(request.priority))
         self._holdings.sent(home, prompt, self._world.now())
         self._desk.post(
             home,
@@ -228,17 +230,17 @@ class Dispatch:
         home, uncached = among.members[soonest], float(among.uncached_tokens[soonest])
         elsewhere = self._elsewhere(request, prompt, home, uncached)
         computing, candidates = elsewhere or (possible, among)
-        own_s, queue_s = candidates.computing_s(int(candidates.ttft_s.argmin()))
+        own_s, queue_s = candidates.computing_s(int(candidates.ttft_s.argmin()), Band.of(request.priority))
         together_s = prediction.computed_in_s(computing.facts, ahead.together_tokens)
         queue_s += prediction.computed_in_s(computing.facts, ahead.tokens)
         rows_s = _rows_in_s(possible, ahead, samples, request.sampling.max_tokens * tpot_s)
-        stretch = prediction.stretch(computing.facts, ahead.overtaking_per_s)
-        ttft_s = own_s + max(queue_s + together_s, rows_s)
+        queue_s = max(queue_s + together_s, rows_s)
+        before_s = prediction.overtaken_s(computing.facts, queue_s, ahead)
         beside = bool(computing.facts[:, Fact.DECODES].any())
         return Expectation(
-            ttft_s * stretch,
+            own_s + before_s,
             tpot_s,
-            elsewhere_s=0.0 if beside else (ttft_s - rows_s) * stretch,
+            elsewhere_s=0.0 if beside else own_s + before_s * (1 - rows_s / max(queue_s, 1e-9)),
             own_s=own_s + together_s,
             beside=float(joined[calmest, Fact.OPEN_SAMPLES]),
             row_s=float(prediction.row_s(joined, wish.prompt_tokens)[calmest]),
@@ -310,7 +312,7 @@ class Dispatch:
         """Choose who will compute a prompt for its home."""
         decision, member, uncached = self._choose(among, accepted.request.model, "prefill")
         accepted.journey.decisions.append(decision)
-        home.plan_prefill(member, uncached)
+        home.plan_prefill(member, uncached, Band.of(accepted.request.priority))
         member.prefills(uncached)
         return member
 

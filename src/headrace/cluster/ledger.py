@@ -65,16 +65,16 @@ class Leg:
         """Of a home: what the leg is called that computes the prompt for it."""
         return f"{self.name}/p"
 
-    def plan_prefill(self, member: Member, tokens: int) -> None:
+    def plan_prefill(self, member: Member, tokens: int, band: Band) -> None:
         """Another worker has so many tokens of the prompt to compute, and will be told."""
         self.drop_plan()
         self.prefills_at = member
-        member.expect(self.prefill_name, tokens)
+        member.expect(self.prefill_name, tokens, band)
 
     def drop_plan(self) -> None:
         """Nobody will be told to compute the prompt, who was not told before."""
         if self.prefills_at is not None:
-            self.prefills_at.has_seen(self.prefill_name)
+            self.prefills_at.leaves(self.prefill_name)
             self.prefills_at = None
 
 
@@ -181,6 +181,6 @@ class Ledger:
     def close_leg(self, leg: Leg) -> None:
         """Nothing that the worker may still say of this attempt counts."""
         leg.member.legs.discard(leg.name)
-        leg.member.has_seen(leg.name)
+        leg.member.leaves(leg.name)
         leg.drop_plan()
         del self._legs[leg.name]

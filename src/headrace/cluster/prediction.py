@@ -5,10 +5,13 @@ In: a table of facts, whose fits are `pace.py`'s. Out: a column of seconds.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from headrace.cluster.facts import Column, Fact, Table
 from headrace.cluster.pace import BUSY_S
+from headrace.cluster.waiting import Ahead
 
 
 def step_s(facts: Table, tokens: Column | float, held: Column | float) -> Column:
@@ -98,14 +101,26 @@ def rows_in_s(homes: Table, samples: float) -> float:
 
 MOST_STRETCH = 20.0
 """What is overtaken by as much as there is time for waits for the end of it, whenever that is."""
+SURE = 0.5
+"""Standard deviations of a wait's length, for what will overtake it, that are counted in: about seven waits
+of ten are no longer then. By the mean alone half of those let in just below a limit would miss it."""
 
 
-def stretch(computing: Table, overtaking_per_s: float) -> float:
-    """How many times as long a wait is when so many tokens a second go before it that are not there yet: they
-    leave these workers the rest of their time (Cobham, "Priority assignment in waiting line problems", 1954).
+def overtaken_s(computing: Table, wait_s: float, ahead: Ahead) -> float:
+    """How long a wait is when prompts go before it that are not there yet: those that come meanwhile, and
+    while these are computed, until there is nothing before it. A prompt that is begun is not overtaken.
+
+    Its mean is as if the workers had the rest of their time for it (Cobham, "Priority assignment in waiting
+    line problems", 1954); its variance is that of a busy period that begins with so much work (Conway,
+    Maxwell and Miller, "Theory of Scheduling", 1967, chapter 8), with prompts that come at random, as long as
+    they were lately.
     """
-    per_s = max(float(prefill_tokens_per_s(computing).sum()), 1e-9) if overtaking_per_s else 1.0
-    return 1.0 / max(1.0 - overtaking_per_s / per_s, 1.0 / MOST_STRETCH)
+    if not ahead.overtaking_per_s:
+        return wait_s
+    per_s = max(float(prefill_tokens_per_s(computing).sum()), 1e-9)
+    left = max(1.0 - ahead.overtaking_per_s / per_s, 1.0 / MOST_STRETCH)
+    each_s = ahead.overtaking_per_s / max(ahead.joining_per_s, 1e-9) / per_s
+    return wait_s / left + SURE * math.sqrt(wait_s * (1.0 - left) * each_s / left**3)
 
 
 def joined(homes: Table, per_s: float, there: int) -> Table:

@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from headrace.cluster.classes import Band
 from headrace.cluster.facts import Fact, Row, Table, new_row, table_of
 from headrace.cluster.options import GatewayOptions
+from headrace.cluster.outstanding import Outstanding
 from headrace.cluster.pace import Pace
 from headrace.protocol.channel import Channel
 from headrace.protocol.messages import EngineInfo, FromWorker, SequenceTimes, StepStats, WorkerInfo
@@ -104,6 +106,8 @@ class Member:
         self.heard_s = heard_s
         self.pace = Pace(self.facts)
         self._prefill_s, self._decode_s = _Lately(), _Lately()
+        self.outstanding = Outstanding()
+        """Prompts that it has to compute."""
         self._unseen: dict[str, int] = {}
         facts = self.facts
         facts[Fact.DECODES], facts[Fact.PREFILLS] = role.decodes, role.prefills_for_others
@@ -155,10 +159,16 @@ class Member:
         """What an answer took from its first token on, likewise."""
         return self._decode_s.mean
 
-    def expect(self, leg_name: str, tokens: int) -> None:
+    def expect(self, leg_name: str, tokens: int, band: Band) -> None:
         """An attempt with so many prompt tokens to compute is on its way there."""
+        self.outstanding.add(leg_name, band, tokens)
         self._unseen[leg_name] = tokens
         self.facts[Fact.UNSEEN] += tokens
+
+    def leaves(self, leg_name: str) -> None:
+        """The attempt is over."""
+        self.outstanding.drop(leg_name)
+        self.has_seen(leg_name)
 
     def has_seen(self, leg_name: str) -> None:
         """The attempt is in its engine's numbers, or over."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headrace.cluster import prediction
+from headrace.cluster.classes import Band
 from headrace.cluster.facts import Column, Fact
 from headrace.cluster.placement import Possible
 from headrace.protocol.requests import GenerateRequest
@@ -63,10 +64,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.members)
 
-    def computing_s(self, index: int) -> tuple[float, float]:
-        """What computing the prompt takes at one of them, and what is queued there before it."""
+    def computing_s(self, index: int, band: Band) -> tuple[float, float]:
+        """What computing the prompt takes at one of them, and what is queued there that a request of this
+        class does not overtake."""
+        queued = float(self.queued_tokens[index])
+        queued -= self.members[index].outstanding.overtaken_by(band, queued)
         own = float(prediction.computing_s(self._facts, self.uncached_tokens)[index])
-        both = float(prediction.computing_s(self._facts, self.queued_tokens + self.uncached_tokens)[index])
+        both = float(prediction.computing_s(self._facts, queued + self.uncached_tokens)[index])
         return own, both - own
 
     @property
