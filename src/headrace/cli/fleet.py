@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headrace.cli.errors import clear_errors
+from headrace.cli.http_options import say
+from headrace.cli.journeys import journey_lines
 
 if TYPE_CHECKING:
-    from headrace.cluster.options import GatewayOptions, ServiceLevels
+    from headrace.cluster.options import ServiceLevels
     from headrace.sim.fleet_result import FleetResult, Served
     from headrace.sim.trace import Arrival
 
+CACHE_TOKENS = 1_000_000
+MAX_MODEL_LEN = 131_072
+STRIDE = 4
 PROGRESS_S = 2.0
 SHARES = (0.5, 0.9, 0.99)
 
@@ -60,9 +65,7 @@ def fleet(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML of a cluster: its pools, split_policy, routing, slo and qos.", show_default=False
-        ),
+        typer.Option(help="YAML of a cluster; what has no meaning here is said.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -73,13 +76,30 @@ def fleet(
             show_default=False,
         ),
     ] = None,
-    cache_tokens: Annotated[int, typer.Option(min=1, help="That a worker's KV cache holds.")] = 1_000_000,
-    block_size: Annotated[int, typer.Option(min=1, help="Positions of a KV block.")] = 512,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="That a worker's KV cache holds.", show_default="the file's memory, or 1000000"
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Positions of a KV block.", show_default="the file's, or 512")
+    ] = None,
     max_model_len: Annotated[
-        int, typer.Option(min=2, help="Longer requests of the trace are left out.")
-    ] = 131_072,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 8192,
+        int | None,
+        typer.Option(
+            min=2, help="Longer requests of the trace are left out.", show_default="the file's, or 131072"
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sequences that run at once on a worker.", show_default="the file's, or 256"
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a step.", show_default="the file's, or 8192")
+    ] = None,
     nic: Annotated[
         float | None,
         typer.Option(
@@ -87,11 +107,24 @@ def fleet(
         ),
     ] = None,
     stride: Annotated[
-        int, typer.Option(min=1, help="Decode steps that are run as one: 1 is exact, 4 three times as quick.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Decode steps that are run as one: 1 is exact, 4 three times as quick.",
+            show_default="4, or 1 where admission foresees",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of made-up conversations, and of all chance.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write every request here.", show_default=False)
+    ] = None,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REQUEST",
+            help="Say what happened to this request, by its name or its session's; can be given again.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Run the real gateway, routing, schedulers and handoffs on modelled hardware, under a trace.
@@ -100,30 +133,50 @@ def fleet(
     thousand requests of some thousand tokens take half a minute or more.
     """
     with clear_errors():
+        from headrace.cli.fleet_file import Asked
         from headrace.sim.fleet import FleetOptions, simulate
         from headrace.sim.fleet_setup import choose_worker
 
         if json_file is not None and not json_file.parent.is_dir():
             raise ValueError(f"cannot write {json_file}: there is no directory {json_file.parent}")
-        pools, gateway = _cluster(config, set_ or [], {"prefill": prefill, "decode": decode, "both": both})
-        worker = choose_worker(hardware, model, devices, cache_tokens)
-        max_model_len = min(max_model_len, worker.cost.shape.max_positions)
+        counts = {"prefill": prefill, "decode": decode, "both": both}
+        asked = Asked.of(config, set_ or [], counts)
+        if asked.without_meaning:
+            fields = ", ".join(asked.without_meaning)
+            say(f"note: {config or '--set'}: no meaning in a simulation: {fields}")
+        admission = asked.gateway.admission
+        foresees = admission.early_rejection or bool(admission.degrade)
+        steps = stride or (1 if foresees else STRIDE)
+        tokens = cache_tokens
+        if tokens is None and asked.kv_cache_bytes is not None:
+            # How much a token takes depends on the model alone, and how many devices there are on this.
+            per_token = choose_worker(hardware, model, devices, 1).cost.shape.kv_bytes
+            tokens = max(1, int(asked.kv_cache_bytes / per_token))
+        tokens = CACHE_TOKENS if tokens is None else tokens
+        worker = choose_worker(hardware, model, devices, tokens)
+        longest = min(max_model_len or asked.max_model_len or MAX_MODEL_LEN, worker.cost.shape.max_positions)
+        given: dict[str, Any] = {
+            "block_size": block_size or asked.block_size,
+            "max_num_seqs": max_num_seqs or asked.max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens or asked.max_num_batched_tokens,
+            "max_waiting": asked.max_waiting,
+        }
         options = FleetOptions(
             cost=worker.cost,
-            prefill=pools["prefill"],
-            decode=pools["decode"],
-            both=pools["both"],
-            cache_tokens=cache_tokens,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            stride=stride,
+            prefill=asked.pools["prefill"],
+            decode=asked.pools["decode"],
+            both=asked.pools["both"],
+            cache_tokens=tokens,
+            max_model_len=longest,
+            reuse_prefix=asked.reuse_prefix,
+            stride=steps,
             nic_bytes_per_s=nic * 1e9 if nic is not None else worker.nic_bytes_per_s,
-            gateway=gateway,
+            gateway=asked.gateway,
             seed=seed,
+            **{name: value for name, value in given.items() if value is not None},
         )
-        arrivals = _arrivals(trace, requests, rate, max_model_len, seed)
+        arrivals = _arrivals(trace, requests, rate, longest, seed)
+        chosen = _named(arrivals, explain or [])
         said = time.monotonic()
 
         def heard(ended: int) -> None:
@@ -132,38 +185,43 @@ def fleet(
                 said = time.monotonic()
                 print(f"{ended} of {len(arrivals)} requests", file=sys.stderr, flush=True)
 
-        result = simulate(arrivals, options, heard=heard)
-        limits = [f"  {line}" for line in worker.limits(cache_tokens, stride)]
-        for line in [*_figures(result, gateway.slo), "", "What this rests on:", *limits]:
+        result = simulate(arrivals, options, heard=heard, explain=chosen)
+        limits = [*worker.limits(tokens, steps), *_stride_words(stride, steps, foresees)]
+        slo = asked.gateway.slo
+        for line in [*_figures(result, slo), "", "What this rests on:", *(f"  {line}" for line in limits)]:
             print(line)
+        journeys = _journeys(result, options.cost.shape.kv_bytes * options.block_size)
+        for journey in journeys:
+            print("", *journey_lines(journey), sep="\n")
         if json_file is not None:
-            json_file.write_text(json.dumps(_as_json(result, gateway.slo), indent=1) + "\n", "utf-8")
+            found = {**_as_json(result, slo), "journeys": journeys}
+            json_file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
-def _cluster(
-    config: Path | None, overrides: list[str], counts: dict[str, int | None]
-) -> tuple[dict[str, int], GatewayOptions]:
-    """Workers by role, and the gateway; what the command line says goes before the file."""
-    from headrace.api.options import gateway_options
-    from headrace.config.reading import read_cluster
-    from headrace.sim.fleet import PLANNED
+def _stride_words(asked: int | None, steps: int, foresees: bool) -> list[str]:
+    """What a stride does to admission, which foresees waits by how long steps take."""
+    if not foresees:
+        return []
+    if steps == 1:
+        return [] if asked else ["decode steps run one by one, for admission foresees by how long they take"]
+    return [
+        f"with --stride {steps} steps look {steps} times as long to admission, which refuses and degrades by "
+        "them (qos.enable_early_rejection, qos.degrade): leave --stride out, or give 1"
+    ]
 
-    file = read_cluster(config, overrides)
-    pools = {
-        role: counts[role] if counts[role] is not None else replicas
-        for role, replicas in file.replicas().items()
-    }
-    if not any(pools.values()):
-        raise ValueError("there are no workers: ask for some, as in --prefill 8 --decode 8, or --both 8")
-    gateway = replace(
-        gateway_options(file, config),
-        models=(),  # one is simulated, and made requests for
-        aliases=(),
-        heartbeat_s=PLANNED.heartbeat_s,
-        suspect_after_s=PLANNED.suspect_after_s,
-        lapse_s=PLANNED.lapse_s,
-    )
-    return {role: count or 0 for role, count in pools.items()}, gateway
+
+def _named(arrivals: Sequence[Arrival], names: list[str]) -> set[str]:
+    """The requests that are meant, each by its own name, or all of a session by its. Raises ValueError."""
+    found = set()
+    for name in names:
+        those = {one.name for one in arrivals if name in (one.name, one.session)}
+        if not those:
+            raise ValueError(
+                f"--explain {name}: there is no such request among the {len(arrivals)} from "
+                f"{arrivals[0].name} to {arrivals[-1].name}"
+            )
+        found |= those
+    return found
 
 
 def _arrivals(
@@ -239,6 +297,15 @@ def _as_json(result: FleetResult, slo: ServiceLevels) -> dict[str, Any]:
         "workers": {name: asdict(use) for name, use in result.workers.items()},
         "requests": [_request(one) for one in result.requests],
     }
+
+
+def _journeys(result: FleetResult, block_bytes: float) -> list[dict[str, Any]]:
+    """As a server tells them; blocks, of one byte each in the simulation, as what they stand for."""
+    journeys = [journey.as_json() for journey in result.journeys]
+    for event in (event for journey in journeys for event in journey["events"]):
+        if "bytes" in event["detail"]:
+            event["detail"]["bytes"] = round(event["detail"]["blocks"] * block_bytes)
+    return journeys
 
 
 def _request(one: Served) -> dict[str, Any]:

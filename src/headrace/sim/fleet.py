@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.cluster import Gateway, GatewayObserver
+from headrace.cluster.journey import Journey
 from headrace.cluster.observer import Ending
 from headrace.cluster.options import GatewayOptions, SplitPolicy
 from headrace.engine import RequestRefused
@@ -62,6 +63,10 @@ class FleetOptions:
     max_model_len: int = 131_072
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    max_waiting: int = 100_000
+    """Sequences that may wait at a worker; so many that none of a trace is refused for it."""
+    reuse_prefix: bool = True
+    """Whether prompts share what they begin with."""
     stride: int = 4
     """Decode steps of a worker that are run as one: the simulation is quicker, and what comes to a worker
     waits up to so many steps. 1 is exact."""
@@ -97,7 +102,8 @@ class FleetOptions:
             vocab_size=self.cost.shape.vocab,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
-            max_waiting=100_000,
+            max_waiting=self.max_waiting,
+            reuse_prefix=self.reuse_prefix,
             num_blocks=blocks,
             block_size=self.block_size,
         )
@@ -128,6 +134,9 @@ class Fleet:
         """By name, those whose requests have ended."""
         self.heard: Callable[[int], None] = lambda ended: None
         """Told with each ending how many have ended."""
+        self.explain: Collection[str] = ()
+        """Whose journeys are kept."""
+        self.journeys: list[Journey] = []
         self._endings = observer
         self.cluster = SimCluster(
             simulation,
@@ -167,6 +176,8 @@ class Fleet:
             self.served[arrival.name] = await self._ask(request, asked, now)
         except RequestRefused as refused:
             self.served[arrival.name] = replace(asked, ended=str(refused.error.code))
+        if arrival.name in self.explain:
+            self.journeys += self.gateway.journeys.of(arrival.name)
         self.heard(len(self.served))
 
     async def _ask(self, request: GenerateRequest, asked: Served, began_s: float) -> Served:
@@ -238,12 +249,13 @@ def simulate(
     *,
     prepare: Callable[[Fleet], Awaitable[None]] | None = None,
     heard: Callable[[int], None] = lambda ended: None,
+    explain: Collection[str] = (),
 ) -> FleetResult:
     """Serve these arrivals, which are in order of time, from an empty cluster to the last ending.
 
     `prepare` is called when all workers are members, before the first arrival; `heard` with each ending, with
-    how many have ended. Raises SimulationError where the cluster cannot go on, TimeoutError where a request
-    never ends.
+    how many have ended. Of the requests that `explain` names the result has the journeys. Raises
+    SimulationError where the cluster cannot go on, TimeoutError where a request never ends.
     """
     began_cpu_s = time.process_time()
     wired: list[Adapters] = []
@@ -254,7 +266,7 @@ def simulate(
 
     async def main(simulation: Simulation) -> tuple[Fleet, float, dict[str, WorkerUse]]:
         fleet = Fleet(simulation, options, wired[0], _Endings())
-        fleet.heard = heard
+        fleet.heard, fleet.explain = heard, explain
         await fleet.cluster.start()
         if prepare is not None:
             await prepare(fleet)
@@ -276,6 +288,7 @@ def simulate(
         requests=tuple(fleet.served[arrival.name] for arrival in arrivals),
         workers=uses,
         duration_s=duration_s,
+        journeys=tuple(fleet.journeys),
         trace_hash=outcome.trace_hash,
         cpu_s=time.process_time() - began_cpu_s,
     )

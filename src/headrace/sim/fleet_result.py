@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from headrace.cluster.journey import Journey
 from headrace.protocol.messages import Role
 
 
@@ -75,6 +76,8 @@ class FleetResult:
     trace_hash: str
     cpu_s: float
     """Of this machine, for the simulation itself."""
+    journeys: tuple[Journey, ...] = ()
+    """Of the requests that were to be explained, as they ended."""
 
     def between(self, begin_s: float, end_s: float = math.inf) -> FleetResult:
         """The requests that arrived in this time only, as when caches are to be warm. Workers stay whole."""

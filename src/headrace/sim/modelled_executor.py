@@ -143,6 +143,8 @@ class ModelledShape(EngineShape):
     """Decode steps that are run as one; see `ModelledExecutor`."""
     ideal: IdealCache | None = None
     """Of the cluster, where its engines have one together; None: each has its own."""
+    reuse_prefix: bool = True
+    """Whether prompts share what they begin with."""
     eos_token_ids: frozenset[int] = frozenset()
     step_s: float = 0.0
     token_s: float = 0.0
@@ -160,6 +162,7 @@ class ModelledShape(EngineShape):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
+            reuse_prefix=self.reuse_prefix,
         )
         cache = KVCache(num_blocks=self.num_blocks, block_size=self.block_size, key=KEY)
         if self.ideal is not None:
@@ -175,6 +178,7 @@ class ModelledShape(EngineShape):
             model=model.name,
             numerics="modelled",
             dtype="modelled",
+            prefix_caching=self.reuse_prefix,
             block_bytes=round(self.kv_block_bytes),
             weight_bytes=round(weights),
             kv_layout=f"{model.name}, {self.block_size} positions a block",
