@@ -58,7 +58,8 @@ class DegradeStep:
     to: int | None = None
     """What is left of a number."""
     above: float = 0.8
-    """When its predicted TTFT or TPOT is above this share of what it may expect."""
+    """When its predicted TTFT or TPOT is above this share of what it may expect; for `n` and `max_tokens`
+    waits for prefill workers aside, which these cannot shorten."""
 
     def in_words(self, smaller: str) -> str:
         """What a client is told of it; `smaller` is the model that serves instead."""

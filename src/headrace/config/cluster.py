@@ -264,7 +264,8 @@ class DegradeStep(Section):
     to: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     """To so many at most; not with `lower: model`."""
     above: Annotated[float, Field(gt=0, le=MOST_WEIGHT)] = 0.8
-    """When its predicted TTFT or TPOT is above this share of what it may expect."""
+    """When its predicted TTFT or TPOT is above this share of what it may expect; for `n` and `max_tokens`
+    waits for prefill workers aside, which these cannot shorten."""
 
     @model_validator(mode="after")
     def _a_number_is_lowered_to_one(self) -> DegradeStep:

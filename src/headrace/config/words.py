@@ -267,6 +267,7 @@ _SENTENCES: dict[str, Says] = {
     "qos.degrade": lambda v, f: (
         "; ".join(
             f"{step.lower} down to {step.to or 'the smaller one'} above {step.above:.0%} of what is allowed"
+            + ("" if step.lower == "model" else ", waits for prefill workers aside")
             for step in v
         )
         or "nothing is taken from a request that would wait too long"
