@@ -118,6 +118,7 @@ def test_why_a_request_was_refused_can_be_read_back_by_the_id_in_its_answer(
     assert {"tpot_s", "tpot_limit_s"} < set(foreseen["detail"])
     assert refused["what"] == "refused"
     assert refused["detail"]["reason"] == "predicted_ttft"
+    assert refused["detail"]["class"] == "normal"
     assert refused["detail"]["why"] == answer.json()["error"]["message"]
     assert refused["detail"]["retry_after_s"] == int(answer.headers["Retry-After"])
     assert way["decisions"] == []

@@ -47,6 +47,7 @@ def test_classes_and_tenants_take_their_turns_and_it_is_told() -> None:
         (journey,) = gateway.journeys.of("busy9")
         assert [entry.what for entry in journey.entries[:2]] == ["queued", "placed"]
         assert journey.entries[0].detail["band"] == "low"
+        assert journey.entries[0].detail["why"] == "others wait before it"
         assert not gateway.backlog
 
     in_cluster(body, ONE, shape=SHAPE)
@@ -103,6 +104,10 @@ def test_without_a_worker_that_may_come_nobody_waits_on() -> None:
         began_s = cluster.simulation.loop.now
         found = await asyncio.gather(*tasks)
         assert found == [[FinishReason.ERROR]] * 8
+        (journey,) = gateway.journeys.of("r7")
+        assert journey.entries[-1].what == "ended: error"
+        assert "send it again" in str(journey.entries[-1].detail["why"])
+        assert journey.entries[-1].detail["code"] == "unavailable"
         assert cluster.simulation.loop.now - began_s < 5.0  # and not after the patience of a queue
         for worker in cluster.workers.values():
             cluster.simulation.network.heal(worker.name, "gateway")

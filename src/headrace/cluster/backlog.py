@@ -81,17 +81,18 @@ class Backlog:
             Band.of(request.priority), tokens, request.sampling.n, self._world.now()
         )
         line = self._lines.get(accepted.request.model)
-        needs = Needs(len(accepted.samples))
+        needs, why = Needs(len(accepted.samples)), "others wait before it"
         if line is None or line.is_first(Band.of(accepted.request.priority)):
             placed = self._dispatch.place(accepted)
             if placed is Placed.YES:
                 return
             needs = Needs(needs.samples, prefill=placed is Placed.AWAITS_PREFILL)
-        self._wait(accepted, needs, again=False)
+            why = "no worker that could prefill it has credit" if needs.prefill else "no worker has credit"
+        self._wait(accepted, needs, why)
 
     def enter_again(self, accepted: Accepted) -> None:
         """Place a request that has lost its worker, before the others of its class."""
-        self._wait(accepted, Needs(len(accepted.samples)), again=True)
+        self._wait(accepted, Needs(len(accepted.samples)), "it goes on elsewhere", again=True)
 
     def forget(self, accepted: Accepted) -> None:
         """It waits no more, if it did."""
@@ -210,14 +211,15 @@ class Backlog:
 
     # ---- waiting -------------------------------------------------------------------------------------
 
-    def _wait(self, accepted: Accepted, needs: Needs, *, again: bool) -> None:
+    def _wait(self, accepted: Accepted, needs: Needs, why: str, *, again: bool = False) -> None:
         request, now = accepted.request, self._world.now()
         accepted.stage = Stage.WAITING
         if accepted.waits_since_s is None:
             accepted.waits_since_s = now
         line = self._lines.setdefault(request.model, Waiting())
         place = self._place_of(request, needs)
-        accepted.journey.note(now, "queued", band=place.band, requests_ahead=line.before(place.band))
+        ahead = line.before(place.band)
+        accepted.journey.note(now, "queued", why=why, band=place.band, requests_ahead=ahead)
         line.add(accepted, place, again=again)
         lasts_s = self._options.replay_timeout_s if accepted.failures else self._options.queue.timeout_s
         heapq.heappush(self._deadlines, (accepted.waits_since_s + lasts_s, next(self._number), accepted))

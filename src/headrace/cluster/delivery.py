@@ -103,7 +103,9 @@ class Delivery:
         self._ledger.end(accepted, index)
         reason = sample.counts_as if finish.reason is FinishReason.CANCELLED else finish.reason
         self._world.trace("gateway.end", request.request_id, index, finish.reason)
-        accepted.journey.note(now, f"ended: {reason}", sample=index, tokens=len(sample.tokens))
+        accepted.journey.note(
+            now, f"ended: {reason}", sample=index, tokens=len(sample.tokens), **_why(finish.error)
+        )
         if not accepted.samples:
             self._over(accepted)
             if not accepted.answered and reason is FinishReason.ERROR:
@@ -115,6 +117,16 @@ class Delivery:
         self._observer.ended(
             Ending(reason, request, index, after_first + 1, now - accepted.began_s, times, tpot_s)
         )
+
+
+def _why(error: RequestError | None) -> dict[str, str | int]:
+    """What the client is told, where it is an error."""
+    if error is None:
+        return {}
+    again: dict[str, str | int] = (
+        {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
+    )
+    return {"why": error.message, "code": str(error.code), **again}
 
 
 def _where(accepted: Accepted) -> str:

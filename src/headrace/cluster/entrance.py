@@ -13,7 +13,7 @@ from typing import Protocol
 
 from headrace.cluster.admission import Admission, check_room
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Look, Refusal
+from headrace.cluster.classes import Band, Look, Refusal
 from headrace.cluster.journey import Journey, Journeys
 from headrace.cluster.ledger import Accepted, Ledger
 from headrace.cluster.observer import GatewayObserver
@@ -71,7 +71,7 @@ class Entrance:
             stream = self._submit(requests, choice, journeys)
         except RequestRefused as refused:
             why = Refusal.of(refused)
-            self._refused(journeys, refused, why)
+            self._refused(requests[0], journeys, refused, why)
             self._observer.refused(requests[0], why)
             raise
         except BaseException:  # a smaller model is to serve, or a defect
@@ -132,12 +132,14 @@ class Entrance:
         self._world.trace("gateway.submit", request.request_id)
         return accepted
 
-    def _refused(self, journeys: Sequence[Journey], refused: RequestRefused, why: Refusal) -> None:
+    def _refused(
+        self, first: GenerateRequest, journeys: Sequence[Journey], refused: RequestRefused, why: Refusal
+    ) -> None:
         """Of all requests of the call together; what was foreseen for them stands before it."""
-        now, error = self._world.now(), refused.error
+        now, error, band = self._world.now(), refused.error, Band.of(first.priority)
         again = {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
         for journey in journeys:
-            journey.note(now, "refused", why=error.message, reason=why, **again)
+            journey.note(now, "refused", why=error.message, reason=why, **{"class": band}, **again)
             self._journeys.refuse(journey)
 
 
