@@ -265,6 +265,15 @@ def test_a_client_of_openai_does_not_repeat_what_timed_out(strict: ApiHouse) -> 
         assert time.monotonic() - began < 1.0
 
 
+def test_a_client_of_openai_shows_the_id_of_answers_and_of_errors(strict: ApiHouse) -> None:
+    with openai.OpenAI(base_url=f"{strict.url}/v1", api_key="k1", max_retries=0) as client:
+        answer = client.completions.create(model="hash", prompt=[300], max_tokens=1)
+        assert answer.id == f"cmpl-{answer._request_id}"
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.completions.create(model="hash", prompt=[300], max_tokens=0)
+        assert refused.value.request_id not in (None, answer._request_id)
+
+
 # ---- what a key may use ------------------------------------------------------------------------------
 
 

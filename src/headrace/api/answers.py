@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from headrace.api.request_ids import HEADER as REQUEST_ID
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -333,22 +335,22 @@ ERROR_MEANINGS = {
 Responses = dict[int | str, dict[str, Any]]
 
 
-def errors(*statuses: int) -> Responses:
-    """The OpenAPI entries of error answers."""
-    return {
-        status: {
-            "model": ErrorAnswer,
-            "description": ERROR_MEANINGS[status],
-            **({"headers": _RETRY_AFTER} if status in (429, 503) else {}),
-        }
-        for status in statuses
-    }
+def errors(*statuses: int, named: bool = False) -> Responses:
+    """The OpenAPI entries of error answers; `named` are those of routes that generate, which have an id."""
+    found: Responses = {}
+    for status in statuses:
+        headers = (_RETRY_AFTER if status in (429, 503) else {}) | (_NAMED if named else {})
+        found[status] = {"model": ErrorAnswer, "description": ERROR_MEANINGS[status]}
+        if headers:
+            found[status]["headers"] = headers
+    return found
 
 
 def streamed(answer: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI entry of an answer that is one object, or with `stream: true` a stream of chunks."""
     return {
         "model": answer,
+        "headers": _NAMED,
         "description": "The answer; with `stream: true` server-sent events, each `data: ` with a chunk, or "
         "an error object where the answer fails midway, and at last `data: [DONE]`.",
         "content": {
@@ -367,4 +369,12 @@ _RETRY_AFTER = {
     }
 }
 
-GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 503)
+_NAMED = {
+    REQUEST_ID: {
+        "description": "The request's id, which GET /cluster/requests/{request_id} takes.",
+        "required": True,
+        "schema": {"type": "string"},
+    }
+}
+
+GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 503, named=True)
