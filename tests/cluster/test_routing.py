@@ -84,6 +84,13 @@ def test_too_small_a_cached_share_is_no_reason() -> None:
     assert House(busier, member("b"), holds={"a": 100}).choose().worker == "a"
 
 
+def test_a_whole_cached_share_is_that_of_all_full_blocks() -> None:
+    # 100 blocks can be held of 401 tokens.
+    busier = member("a", queued=30)
+    assert House(busier, member("b"), holds={"a": 400}, min_cache_hit_ratio=1.0).choose().worker == "a"
+    assert House(busier, member("b"), holds={"a": 396}, min_cache_hit_ratio=1.0).choose().worker == "b"
+
+
 def test_a_popular_prefix_spreads_when_its_holder_is_busier_than_the_others() -> None:
     def house(**options: Any) -> House:
         busy, *others = member("a"), member("b"), member("c")

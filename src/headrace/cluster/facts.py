@@ -63,6 +63,8 @@ class Fact(enum.IntEnum):
     """When it said anything last, as that it is there."""
     CACHE = enum.auto()
     """Its slot in the KV index; -1: nothing is known of its cache."""
+    BLOCK = enum.auto()
+    """Positions of a KV block."""
     HASHER = enum.auto()
     """The number of how it names its blocks."""
 

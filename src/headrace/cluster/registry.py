@@ -113,7 +113,7 @@ class Member:
         facts[Fact.DECODES], facts[Fact.PREFILLS] = role.decodes, role.prefills_for_others
         facts[Fact.TRANSFERS] = info.transfers
         facts[Fact.MOST_SAMPLES], facts[Fact.ROWS] = self.most_samples, engine.max_num_seqs
-        facts[Fact.BUDGET] = engine.max_num_batched_tokens
+        facts[Fact.BUDGET], facts[Fact.BLOCK] = engine.max_num_batched_tokens, engine.block_size
         self.state = MemberState.UP
 
     @property

@@ -74,6 +74,12 @@ class Candidates:
         return own, both - own
 
     @property
+    def cacheable_tokens(self) -> Column:
+        """Of the prompt in its full blocks, but for the last token, which is always computed."""
+        block: Column = self._facts[:, Fact.BLOCK]
+        return (self.wish.prompt_tokens - 1) // block * block
+
+    @property
     def step_tokens(self) -> Column:
         """That a step there computes at most."""
         return self._facts[:, Fact.BUDGET]

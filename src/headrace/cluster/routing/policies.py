@@ -142,10 +142,10 @@ def policy_of(options: RoutingOptions, chance: Chance) -> Policy:
 
 
 def _counted_uncached(among: Candidates, options: RoutingOptions) -> Column:
-    """Uncached tokens, where too small a share that is cached does not count."""
+    """Uncached tokens, where too small a share of the prompt's blocks that is cached does not count."""
     if options.min_cache_hit_ratio <= 0.0:
         return among.uncached_tokens
-    least = options.min_cache_hit_ratio * among.wish.prompt_tokens
+    least = options.min_cache_hit_ratio * among.cacheable_tokens
     return np.where(among.cached_tokens >= least, among.uncached_tokens, float(among.wish.prompt_tokens))
 
 
