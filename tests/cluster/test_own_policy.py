@@ -154,6 +154,13 @@ def test_whatever_it_does_is_a_failure_of_the_policy(name: str, says: str) -> No
 
 
 @pytest.mark.usefixtures("bad")
+def test_its_failure_is_told_also_where_there_was_no_choice() -> None:
+    decision = RouterHouse(member("a"), policy="own_bad:Quits").choose()
+    assert "failed with SystemExit: says no" in decision.rule
+    assert RouterHouse(member("a")).choose().rule == "the only one with room"
+
+
+@pytest.mark.usefixtures("bad")
 def test_a_decision_stays_as_it_was_made() -> None:
     house = RouterHouse(member("a"), member("b"), policy="own_bad:Reuses")
     first = house.choose()

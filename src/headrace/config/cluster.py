@@ -28,7 +28,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
     {
         "cost": "to the lowest weighted sum of uncached blocks, queue and decode load",
         "latency": "to the lowest predicted TTFT, and TPOT",
-        "capacity": "by what each worker has room for, weighted by its measured speed",
+        "capacity": "to the worker whose queue is over soonest, by its measured speed",
         "random": "anywhere, by chance",
         "round_robin": "to each worker in turn",
         "least_loaded": "to the worker with the least to do",

@@ -55,7 +55,8 @@ class Router:
         """One of at least one member, for one of the `PURPOSES`."""
         members, sessions = among.members, self._sessions[purpose]
         among.last = sessions.last(among.wish.session, members)
-        rule = f"lowest score of policy {self._name}"
+        alone = len(members) == 1
+        rule = "the only one with room" if alone else f"lowest score of policy {self._name}"
         try:
             terms = _checked(self._policies[purpose].terms(among), len(members))
             scores = _scores(terms, len(members))
@@ -68,8 +69,6 @@ class Router:
                 self._report(f"routing {rule} worker is chosen instead, here and whenever it fails")
             terms = {"load": among.load}
             scores = among.load
-        if len(members) == 1:
-            rule = "the only one with room"
         best = _lowest(scores, among)
         sessions.went(among.wish.session, members[best])
         decision = Decision(
