@@ -14,11 +14,13 @@ import yaml
 from typer.testing import CliRunner
 
 from headrace.cli.app import app
+from headrace.config.consistency import paging_shares
 from headrace.deploy import prometheus_rules
 from headrace.observe import Metrics
 from headrace.observe.metrics import PREFIX
 
 ROOT = Path(__file__).parents[2]
+METRICS = ROOT / "docs" / "metrics.md"
 SERIES = Path(__file__).with_name("headrace.rules.test.yaml")
 RULES: list[dict[str, Any]] = [
     rule for group in yaml.safe_load(prometheus_rules())["groups"] for rule in group["rules"]
@@ -61,6 +63,22 @@ def test_rules_name_what_is_exposed() -> None:
         assert set(re.findall(rf"(?<!:)\b{PREFIX}\w+", expression)) <= exposed, expression
         assert set(re.findall(r"\b\w+:headrace_\w+:\w+", expression)) <= recorded, expression
         assert set(re.findall(r'(\w+)!?="(\w+)"', expression)) <= pairs, expression
+
+
+def test_what_config_check_says_of_pages_is_what_the_rules_and_the_docs_have() -> None:
+    """The numbers are tested with the rules; here that both are computed alike."""
+    recorded = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
+    budget = "model:headrace_slo_budget:ratio"
+    assert (
+        recorded["model:headrace_slo_burns_fast:ratio"] == f"{budget} * clamp_max({budget} ^ (-1 / 2), 14.4)"
+    )
+    assert (
+        recorded["model:headrace_slo_burns_slowly:ratio"] == f"{budget} * clamp_max({budget} ^ (-1 / 3), 6)"
+    )
+    rows = re.findall(r"^\| (0\.9\d*) \| ([\d.]+)% \| [^|]+ \| ([\d.]+)% \|", METRICS.read_text(), re.M)
+    assert len(rows) == 4
+    for objective, *shares in rows:
+        assert [f"{100 * share:.2g}" for share in paging_shares(float(objective))] == shares
 
 
 @pytest.mark.parametrize("name", ALERTS)

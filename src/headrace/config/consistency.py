@@ -83,13 +83,20 @@ def remarks(file: ClusterFile) -> list[str]:
 def _objective(file: ClusterFile) -> list[str]:
     """The rules for Prometheus page at any objective, but late where little is promised."""
     objective = file.slo.objective
-    missed = (1 - objective) ** 0.5  # over an hour, as the rules for Prometheus have it
+    missed, _ = paging_shares(objective)
     if not file.slo.says("objective") or missed <= _LATE:
         return []
     return [
         f"slo.objective: at {objective:g} alerts page only when more than {missed:.0%} of an hour's requests "
         "miss; promise more of them, with longer limits, to hear of trouble sooner"
     ]
+
+
+def paging_shares(objective: float) -> tuple[float, float]:
+    """Which share of an hour's requests, and of six hours', must miss an SLO for the rules for Prometheus to
+    page (docs/metrics.md, "Alert rules")."""
+    budget = 1 - objective
+    return budget * min(14.4, budget ** (-1 / 2)), budget * min(6.0, budget ** (-1 / 3))
 
 
 def foresees(file: ClusterFile) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from headrace.config.cluster import POLICIES, ROLES, ClusterFile, PoolAutoscale
-from headrace.config.consistency import foresees
+from headrace.config.consistency import foresees, paging_shares
 
 Says = Callable[[Any, ClusterFile], str]
 """What a field's value does, in words."""
@@ -244,7 +244,12 @@ _SENTENCES: dict[str, Says] = {
     ),
     "slo.ttft_ms": lambda v, f: f"the first token within {v:g} ms",
     "slo.tpot_ms": lambda v, f: f"each further token within {v:g} ms",
-    "slo.objective": lambda v, f: f"for {v:.4g} of the requests of each class; metrics and alerts go by it",
+    "slo.objective": lambda v, f: (
+        f"for {v:.4g} of the requests of each class; metrics go by it, and alerts, which page when "
+        "{:.2g}% of an hour's requests miss, or {:.2g}% of six hours'".format(
+            *(100 * share for share in paging_shares(v))
+        )
+    ),
     "qos.policy": lambda v, f: (
         _NOT_FORESEEN
         if not foresees(f)
