@@ -18,16 +18,14 @@ import random
 import statistics
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headrace.cluster.holdings import Prompt
 from headrace.cluster.journey import Journey
-from headrace.cluster.placement import Possible
 from headrace.cluster.registry import Member
-from headrace.cluster.routing import Decision, Wish
+from headrace.cluster.routing import Candidates, Decision
 from headrace.sim.fleet import PLANNED, Fleet, FleetOptions, simulate
 from headrace.sim.fleet_setup import choose_worker
 from headrace.sim.trace import at_rate, read_arrivals
@@ -72,13 +70,11 @@ class Forks:
         self.samples: list[Sample] = []
         self._router.choose = self.choose  # type: ignore[method-assign]
 
-    def choose(
-        self, possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
-    ) -> tuple[Member, Decision]:
-        member, decision = self._choose(possible, wish, prompt, purpose=purpose, now=now)
+    def choose(self, among: Candidates, *, purpose: str) -> tuple[Member, Decision]:
+        member, decision = self._choose(among, purpose=purpose)
         self._skip -= 1
-        if self._skip < 0 and len(possible.members) > 1 and self._chance.randrange(self._every) == 0:
-            forced = self._try_all(possible, wish.request_id, decision)
+        if self._skip < 0 and len(among) > 1 and self._chance.randrange(self._every) == 0:
+            forced = self._try_all(among.members, among.wish.request_id, decision)
             if forced is not None:
                 return forced
             if not self._left:
@@ -86,19 +82,19 @@ class Forks:
         return member, decision
 
     def _try_all(
-        self, possible: Possible, request_id: str, decision: Decision
+        self, members: Sequence[Member], request_id: str, decision: Decision
     ) -> tuple[Member, Decision] | None:
         """None in this process, where the samples are; in a fork, its candidate."""
-        found: list[float] = [0.0] * len(possible.members)
+        found: list[float] = [0.0] * len(members)
         running: list[tuple[int, int, int]] = []
-        for candidate in range(len(possible.members)):
+        for candidate in range(len(members)):
             reads, writes = os.pipe()
             pid = os.fork()
             if pid == 0:
                 os.close(reads)
                 self._go_on_alone(request_id, writes)
-                self._force(request_id, decision.purpose, possible.members[candidate])
-                return possible.members[candidate], replace(decision, chosen=candidate)
+                self._force(request_id, decision.purpose, members[candidate])
+                return members[candidate], replace(decision, chosen=candidate)
             os.close(writes)
             running.append((candidate, pid, reads))
             if len(running) == self._jobs:
@@ -127,18 +123,16 @@ class Forks:
                 os.write(writes, _SECONDS.pack(now - journey.began_s))
                 os._exit(0)
 
-        Journey.note = noted  # type: ignore[method-assign]
+        Journey.note = noted  # type: ignore[method-assign, assignment]
 
     def _force(self, request_id: str, stage: str, member: Member) -> None:
         """Choose a member for this request whenever it is asked for; it may have to wait and ask again."""
 
-        def choose(
-            possible: Possible, wish: Wish, prompt: Prompt, *, purpose: str, now: float
-        ) -> tuple[Member, Decision]:
-            chosen, decision = self._choose(possible, wish, prompt, purpose=purpose, now=now)
-            if (wish.request_id, purpose) != (request_id, stage) or member not in possible.members:
+        def choose(among: Candidates, *, purpose: str) -> tuple[Member, Decision]:
+            chosen, decision = self._choose(among, purpose=purpose)
+            if (among.wish.request_id, purpose) != (request_id, stage) or member not in among.members:
                 return chosen, decision
-            return member, replace(decision, chosen=possible.members.index(member))
+            return member, replace(decision, chosen=among.members.index(member))
 
         self._router.choose = choose  # type: ignore[method-assign]
 
