@@ -164,6 +164,8 @@ def test_each_step_of_the_ladder_can_be_read_back(modest: httpx.Client) -> None:
         ("degraded", "max_tokens=5"),
         ("foreseen", None),
     ]
+    for taken in (steps[0], steps[2]):
+        assert taken["detail"]["pressure"] > taken["detail"]["above"] == 0.8
 
 
 def test_operators_are_told_how_often_each_class_got_what_it_may_expect(modest: httpx.Client) -> None:

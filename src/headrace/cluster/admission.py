@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Band, Expectation, Look, Slo, WouldWait, retry_after_s
+from headrace.cluster.classes import Band, Expectation, Look, Slo, Taken, WouldWait, retry_after_s
 from headrace.cluster.expectation import Foresight
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
@@ -55,12 +55,12 @@ class Admission:
         self,
         requests: Sequence[GenerateRequest],
         choice: Choice | None = None,
-        tell: Callable[[str, Look | None], None] = lambda step, look: None,
+        tell: Callable[[Taken | None, Look | None], None] = lambda taken, look: None,
     ) -> Admitted:
         """Raises WouldWait with the estimate and when to try again; StepDown where the smaller model of their
         `choice` is to serve them.
 
-        `tell` gets each look at what they would wait, after which step of the ladder (empty: as they came).
+        `tell` gets each look at what they would wait, after which step of the ladder (None: as they came).
         """
         options = self._options
         band = Band.of(requests[0].priority)
@@ -68,7 +68,7 @@ class Admission:
             return Admitted(tuple(requests))
         taken = [f"model={choice.model}"] if choice is not None and choice.instead_of else []
         expected = self._foresight.expect(requests)
-        tell("", self._look(expected, band))
+        tell(None, self._look(expected, band))
         for step in options.degrade:
             pressure = math.inf if expected is None else self._relieved_by(step, expected, band)
             if pressure <= step.above:
@@ -81,7 +81,7 @@ class Admission:
             if found is not None:
                 requests, expected = lower, found
                 taken.append(step.in_words(""))
-                tell(taken[-1], self._look(expected, band))
+                tell(Taken(taken[-1], pressure, step.above), self._look(expected, band))
         if expected is not None and self._refuses(expected, band):
             raise self._refusal(expected, band)
         return Admitted(tuple(requests), tuple(taken))

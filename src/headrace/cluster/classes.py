@@ -37,6 +37,18 @@ class Slo(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """A step of the ladder that was taken."""
+
+    step: str
+    """As `n=1`."""
+    pressure: float
+    """What of it the step could relieve."""
+    above: float
+    """From where on it is taken."""
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """What was foreseen for a request as it stood, against what its class may expect. Times in seconds."""
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from headrace.cluster.admission import Admission, check_room
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Band, Look, Refusal
+from headrace.cluster.classes import Band, Look, Refusal, Taken
 from headrace.cluster.journey import Journey, Journeys
 from headrace.cluster.ledger import Accepted, Ledger
 from headrace.cluster.observer import GatewayObserver
@@ -94,11 +94,12 @@ class Entrance:
         _note_choice(journeys, choice)
         now = self._world.now()
 
-        def tell(step: str, look: Look | None) -> None:
+        def tell(taken: Taken | None, look: Look | None) -> None:
             detail = look.detail() if look is not None else {"why": "nothing: no worker could take it now"}
             for journey in journeys:
-                if step:
-                    journey.note(now, "degraded", why=step)
+                if taken is not None:
+                    pressure = round(taken.pressure, 4)
+                    journey.note(now, "degraded", why=taken.step, pressure=pressure, above=taken.above)
                 journey.note(now, "foreseen", **detail)
 
         admitted = self._admission.admit(requests, choice, tell)
