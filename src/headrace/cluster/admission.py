@@ -127,15 +127,17 @@ class Admission:
     def _refusal(self, expected: Expectation, band: Band) -> WouldWait:
         limit_s = self._limit_s(band)
         late = expected.ttft_s > limit_s
-        name = "first token" if late else "each further token"
+        name = "the first token" if late else "each further token"
         found_s, most_s = (expected.ttft_s, limit_s) if late else (expected.tpot_s, self._tpot_s)
         too_long = expected.own_s > limit_s
         eases_s = 0.0 if band is Band.LOW else expected.eases_in_s(self._tpot_s)
         again_s = retry_after_s(math.inf if too_long else max(expected.ttft_s - limit_s, eases_s))
-        alone = f", of which its own prompt takes {expected.own_s * 1e3:.0f} ms" if too_long else ""
+        alone = f", of which its own prompts take {expected.own_s * 1e3:.0f} ms" if too_long else ""
+        if not late and math.isinf(eases_s):
+            alone = ", even with nobody else served"
         return WouldWait(
             Slo.TTFT if late else Slo.TPOT,
-            f"the {name} would take about {found_s * 1e3:.0f} ms{alone}, and a request of {band} priority is "
+            f"{name} would take about {found_s * 1e3:.0f} ms{alone}, and a request of {band} priority is "
             f"accepted up to {most_s * 1e3:.0f} ms; try again in {again_s} s",
             retry_after_s=again_s,
         )
