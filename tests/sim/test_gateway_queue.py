@@ -47,6 +47,7 @@ def test_classes_and_tenants_take_their_turns_and_it_is_told() -> None:
         (journey,) = gateway.journeys.of("busy9")
         assert [entry.what for entry in journey.entries[:2]] == ["queued", "placed"]
         assert journey.entries[0].detail["band"] == "low"
+        assert not any(member.outstanding for member in gateway.registry.live())
         assert journey.entries[0].detail["why"] == "others wait before it"
         assert not gateway.backlog
 

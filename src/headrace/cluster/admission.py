@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from headrace.cluster.backlog import Backlog
-from headrace.cluster.classes import Band, Expectation, Look, Slo, Taken, WouldWait, retry_after_s
+from headrace.cluster.classes import Band, Expectation, Look, Slo, Taken, WouldWait, about, retry_after_s
 from headrace.cluster.expectation import Foresight
 from headrace.cluster.options import AdmissionOptions, DegradeStep, ServiceLevels
 from headrace.cluster.registry import Member
@@ -186,6 +186,6 @@ def check_room(
         raise RequestRefused(
             ErrorCode.OVERLOADED,
             f"{open_samples} sequences run or wait, {wanted} more are asked for, and the limit is {most}; at "
-            f"the present pace there is room in about {seconds:.1f} s: try again in {again_s} s",
+            f"the present pace there is room in {about(seconds)}: try again in {again_s} s",
             retry_after_s=again_s,
         )

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.cluster.classes import Band, Refusal, retry_after_s
+from headrace.cluster.classes import Band, Refusal, about, retry_after_s
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch, Placed
 from headrace.cluster.displacement import who_makes_way
@@ -323,7 +323,7 @@ class Backlog:
         again_s = retry_after_s(seconds)
         self._delivery.end_all(
             accepted,
-            f"{why}; those who wait before a newcomer take about {seconds:.1f} s: try again in {again_s} s",
+            f"{why}; those who wait before a newcomer take {about(seconds)}: try again in {again_s} s",
             ErrorCode.OVERLOADED,
             retry_after_s=again_s,
         )

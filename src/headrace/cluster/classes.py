@@ -82,6 +82,11 @@ def retry_after_s(seconds: float) -> int:
     return max(1, math.ceil(min(seconds, MOST_RETRY_S)))
 
 
+def about(seconds: float) -> str:
+    """For people, as exact as it is worth."""
+    return f"about {seconds:.1f} s" if seconds <= MOST_RETRY_S else f"more than {MOST_RETRY_S} s"
+
+
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """What requests of one call are foreseen to find. In seconds."""

@@ -391,9 +391,10 @@ class SimCluster:
                     found.append(f"{name} has {gateway.open_samples} open samples")
                 found += [
                     f"the books of {name} for {member.worker_id} have {len(member.legs)} legs, "
-                    f"{member.open_samples} samples, {member.exports} exports"
+                    f"{member.open_samples} samples, {member.exports} exports, "
+                    f"{len(member.outstanding)} prompts"
                     for member in gateway.registry
-                    if member.legs or member.open_samples or member.exports
+                    if member.legs or member.open_samples or member.exports or member.outstanding
                 ]
         for worker in self.workers.values():
             found += worker.leftovers()
