@@ -50,7 +50,7 @@ def http(answer: object) -> bytes:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": None})  # a test runner may have set it
     return result.exit_code, result.output
 
 
