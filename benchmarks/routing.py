@@ -7,9 +7,9 @@ message that would be sent. With workers that only prefill, a prompt that is lon
 with early rejection, what it would find is foreseen first. All of it is the gateway's own `Dispatch`.
 
 Prompts share one of 64 system prompts of 512 tokens; each is held by one to four workers to different depths:
-a million blocks in all, about twice as many with the workers that hold them. They are asked about in
-random order, so most of what a look-up touches is in no cache near the core. The list of tokens is new each time, as that of a prompt just tokenised
-is.
+a million blocks in all, about twice as many with the workers that hold them. They are asked about in random
+order, so most of what a look-up touches is in no cache near the core. The list of tokens is new each time, as
+that of a prompt just tokenised is.
 
 Microseconds are medians. Decisions a second are those of a core that does nothing else: the CPU time of all,
 whatever else ran meanwhile.
