@@ -238,3 +238,24 @@ def test_a_cancelled_one_leaves() -> None:
         assert stays.samples
 
     in_virtual_time(body)
+
+
+def test_a_newcomer_takes_no_more_places_than_its_own_when_there_are_too_few() -> None:
+    """More wait than there are places, since a worker gave requests back: that is nobody's who comes."""
+
+    async def body(waiting: Waiting) -> None:
+        low = [waiting.ask(f"low{i}", lost=False, priority=1, tenant="a") for i in range(5)]
+        assert waiting.backlog.room(waiting.worker.model) == -5
+        urgent = GenerateRequest(
+            request_id="high",
+            prompt=[1, 2],
+            sampling=SamplingParams(max_tokens=2, n=2),
+            model=waiting.worker.model,
+            priority=-1,
+            tenant="b",
+        )
+        assert waiting.backlog.takes([urgent])
+        waiting.backlog.make_room([urgent])
+        assert [bool(one.samples) for one in low] == [True, True, True, False, False]
+
+    in_virtual_time(body)

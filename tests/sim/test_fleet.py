@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.cluster.facts import Fact
-from headrace.cluster.options import SplitPolicy
+from headrace.cluster.options import AdmissionOptions, ServiceLevels, SplitPolicy
 from headrace.protocol.messages import Role
 from headrace.sim.cost import StepCost, device, model, rates_of
 from headrace.sim.fleet import PLANNED, Fleet, FleetOptions, simulate
@@ -146,6 +146,23 @@ def test_an_ideal_cache_spares_what_any_worker_has_computed() -> None:
         assert one.cached_tokens == 4096
 
 
+@pytest.mark.parametrize("pools", [{"both": 2}, {"prefill": 1, "decode": 1}])
+def test_nobody_is_refused_for_what_is_taken_for_granted_of_workers_that_were_never_tried(
+    pools: dict[str, int],
+) -> None:
+    # 215 ms by what is taken for granted of any worker; these take a third of that.
+    load = [Arrival(f"r{i}", 1.0 * i, (Piece(10 + i, 2048),), 16) for i in range(12)]
+    gateway = replace(
+        PLANNED,
+        admission=AdmissionOptions(early_rejection=True, reject_on_slo_violation=True),
+        slo=ServiceLevels(ttft_s=0.15, tpot_s=0.05),
+    )
+    fleet = FleetOptions(
+        cost=COST, cache_tokens=100_000, max_model_len=32_768, stride=1, gateway=gateway, **pools
+    )
+    assert [one.name for one in simulate(load, fleet).requests if not one.complete] == []
+
+
 def test_pools_of_an_ideal_cache_have_what_any_of_them_was_given() -> None:
     cache = IdealCache()
     first, second = cache.pool(4), cache.pool(4)
@@ -160,6 +177,22 @@ def test_pools_of_an_ideal_cache_have_what_any_of_them_was_given() -> None:
     assert second.find(b"x") is None  # all its blocks are in use
     for pool in (first, second):
         pool.check()
+
+
+def test_what_one_pool_uses_stays_in_all() -> None:
+    cache = IdealCache()
+    here, there = cache.pool(3), cache.pool(3)
+    for name in (b"hot", b"cold", b"old"):
+        (block,) = here.take(1)
+        here.publish(block, name)
+        here.release([block])
+    hot = here.find(b"hot")
+    assert hot is not None
+    here.hold([hot])
+    here.release([hot])
+    there.take(2)  # the two that were used longest ago
+    assert there.find(b"hot") is not None
+    assert there.find(b"cold") is there.find(b"old") is None
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -122,6 +122,8 @@ class Admission:
             return False
         if band is Band.NORMAL and not self._options.reject_on_slo_violation:
             return False
+        if expected.untried:
+            return False  # who is refused teaches nobody how fast that worker is
         return self._pressure(expected, band) > 1.0
 
     def _refusal(self, expected: Expectation, band: Band) -> WouldWait:
@@ -153,18 +155,9 @@ def _lowered(request: GenerateRequest, step: DegradeStep) -> GenerateRequest:
     return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, **changes))
 
 
-def check_room(
-    members: Iterable[Member],
-    requests: Sequence[GenerateRequest],
-    backlog: Backlog,
-    open_samples: int,
-) -> None:
-    """Raise RequestRefused where these workers, of one model, cannot take all of the requests beside those
-    that wait for one and do not make way for them. So the workers' queues together bound the gateway's.
-
-    INVALID for what would never fit, OVERLOADED for what does not fit now, UNAVAILABLE when all workers that
-    decode are on their way out; the client is told `open_samples`.
-    """
+def check_servable(members: Iterable[Member], requests: Sequence[GenerateRequest]) -> None:
+    """Raise RequestRefused where these workers, of one model, can never take all of the requests together:
+    INVALID for too many, UNAVAILABLE when all workers that decode are on their way out."""
     homes = [member for member in members if member.info.role.decodes]
     wanted = sum(request.sampling.n for request in requests)
     most = sum(member.most_samples for member in homes)
@@ -179,7 +172,13 @@ def check_room(
     if together > widest:
         message = f"{together} sequences are asked for of one prompt, and a worker takes {widest} at most"
         raise RequestRefused(ErrorCode.INVALID, message, "n")
-    model = requests[0].model
+
+
+def check_room(requests: Sequence[GenerateRequest], backlog: Backlog, open_samples: int, most: int) -> None:
+    """Raise RequestRefused, OVERLOADED, where there is no room for all of the requests beside those that wait
+    and do not make way for them. So the workers' queues together bound the gateway's. The client is told
+    `open_samples`, and how many there may be at `most`."""
+    model, wanted = requests[0].model, sum(request.sampling.n for request in requests)
     if not backlog.takes(requests):
         seconds = backlog.frees_in_s(model, wanted - backlog.room(model))
         again_s = retry_after_s(seconds)

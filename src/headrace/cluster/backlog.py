@@ -19,10 +19,13 @@ from headrace.cluster.classes import Band, Refusal, about, retry_after_s
 from headrace.cluster.delivery import Delivery
 from headrace.cluster.dispatch import Dispatch, Placed
 from headrace.cluster.displacement import who_makes_way
+from headrace.cluster.facts import Fact
 from headrace.cluster.ledger import Accepted, Ledger, Stage
 from headrace.cluster.observer import GatewayObserver
 from headrace.cluster.options import GatewayOptions
+from headrace.cluster.placement import room_of
 from headrace.cluster.registry import Member, Registry
+from headrace.cluster.stream import OutputStream
 from headrace.cluster.waiting import Ahead, Needs, Place, Waiting
 from headrace.protocol.channel import ProtocolError
 from headrace.protocol.requests import ErrorCode, GenerateRequest
@@ -137,6 +140,7 @@ class Backlog:
         if not self._lacking(requests):
             return
         band = Band.of(requests[0].priority)
+        counted: set[OutputStream] = set()
         for accepted in self._who_makes_way(requests) or ():
             request = accepted.request
             urgent = Band.of(request.priority) is not band
@@ -144,12 +148,16 @@ class Backlog:
             accepted.journey.note(
                 self._world.now(), "displaced", by_class=band, why=f"all places were taken, and {why} came"
             )
-            self._observer.refused(request, Refusal.DISPLACED)
+            if accepted.stream not in counted:  # the prompts of one call count once
+                self._observer.refused(request, Refusal.DISPLACED)
+                counted.add(accepted.stream)
             self._end_overloaded(accepted, f"all places were taken, and its own went to {why}")
 
     def _lacking(self, requests: Sequence[GenerateRequest]) -> int:
+        """Places that others would have to leave. What is too much already, since a worker was lost, is not
+        the newcomer's affair: it takes no more than its own."""
         wanted = sum(request.sampling.n for request in requests)
-        return max(0, wanted - self.room(requests[0].model))
+        return min(wanted, max(0, wanted - self.room(requests[0].model)))
 
     def _who_makes_way(self, requests: Sequence[GenerateRequest]) -> list[Accepted] | None:
         first = requests[0]
@@ -173,10 +181,8 @@ class Backlog:
 
     def room(self, model: str) -> int:
         """How many more samples the workers of one model have room for, beside all that wait for them."""
-        homes = (member for member in self._registry.live(model) if member.info.role.decodes)
         line = self._lines.get(model)
-        waiting = line.samples if line is not None else 0
-        return sum(member.room for member in homes if member.takes_more) - waiting
+        return room_of(self._registry.table(model)[1]) - (line.samples if line is not None else 0)
 
     def ahead(self, request: GenerateRequest, others: Sequence[GenerateRequest] = ()) -> Ahead:
         """What a request that came now would wait for here, behind the `others` of its call."""
@@ -241,9 +247,9 @@ class Backlog:
 
     def _miss_ratio(self, model: str) -> float:
         """The share of prompt tokens that no cache had, by what the workers of a model have told."""
-        told = [member.stats for member in self._registry.live(model) if member.stats is not None]
-        queries = sum(stats.prefix_queries for stats in told)
-        return 1 - sum(stats.prefix_hits for stats in told) / queries if queries else 1.0
+        _, facts = self._registry.table(model)
+        queries = float(facts[:, Fact.PREFIX_QUERIES].sum())
+        return 1 - float(facts[:, Fact.PREFIX_HITS].sum()) / queries if queries else 1.0
 
     def _left(self, accepted: Accepted, waited_s: float | None) -> None:
         if not self._lines[accepted.request.model]:

@@ -103,6 +103,8 @@ class Expectation:
     """What each of these adds to TPOT."""
     lasts_s: float = 0.0
     """How long each of these lasts, on average."""
+    untried: bool = False
+    """Whether a worker that would do it is idle, and has not shown for a while how fast it is."""
 
     def eases_in_s(self, tpot_s: float) -> float:
         """Until so many of those beside have ended that TPOT would be this; infinite: it would not be."""

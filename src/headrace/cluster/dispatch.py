@@ -245,6 +245,7 @@ class Dispatch:
             beside=float(joined[calmest, Fact.OPEN_SAMPLES]),
             row_s=float(prediction.row_s(joined, wish.prompt_tokens)[calmest]),
             lasts_s=float(joined[calmest, Fact.DECODE_S]),
+            untried=among.untried(soonest) or candidates.untried(int(candidates.ttft_s.argmin())),
         )
 
     def passes_in_s(self, model: str, tokens: float, samples: float) -> float:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from headrace.cluster.admission import Admission, check_room
+from headrace.cluster.admission import Admission, check_room, check_servable
 from headrace.cluster.backlog import Backlog
 from headrace.cluster.classes import Band, Look, Refusal, Taken
 from headrace.cluster.journey import Journey, Journeys
@@ -98,13 +98,15 @@ class Entrance:
             detail = look.detail() if look is not None else {"why": "nothing: no worker could take it now"}
             for journey in journeys:
                 if taken is not None:
-                    pressure = round(taken.pressure, 4)
-                    journey.note(now, "degraded", why=taken.step, pressure=pressure, above=taken.above)
+                    under = {"pressure": round(taken.pressure, 4)} if math.isfinite(taken.pressure) else {}
+                    journey.note(now, "degraded", why=taken.step, above=taken.above, **under)
                 journey.note(now, "foreseen", **detail)
 
-        admitted = self._admission.admit(requests, choice, tell)
         live = self._registry.live(requests[0].model)
-        check_room(live, admitted.requests, self._backlog, self._ledger.open_samples)
+        check_servable(live, requests)
+        admitted = self._admission.admit(requests, choice, tell)
+        most = sum(member.most_samples for member in live if member.info.role.decodes)
+        check_room(admitted.requests, self._backlog, self._ledger.open_samples, most)
         self._backlog.make_room(admitted.requests)
         samples = [(r.request_id, index) for r in admitted.requests for index in range(r.sampling.n)]
         stream = OutputStream(samples, self._desk.cancel, admitted.degraded)

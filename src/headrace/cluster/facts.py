@@ -63,6 +63,9 @@ class Fact(enum.IntEnum):
     """When it said anything last, as that it is there."""
     CACHE = enum.auto()
     """Its slot in the KV index; -1: nothing is known of its cache."""
+    PREFIX_QUERIES = enum.auto()
+    """Tokens that its prefix cache was asked for, and those that it had."""
+    PREFIX_HITS = enum.auto()
     BLOCK = enum.auto()
     """Positions of a KV block."""
     HASHER = enum.auto()

@@ -134,7 +134,7 @@ class Membership:
         why = "its connection ended"
         died = True
         try:
-            while (message := await channel.receive()) is not None:
+            while (message := await channel.receive()) is not None and member.is_live:
                 member.heard_s = self._world.now()
                 if member.state is MemberState.SUSPECT:
                     self._become(member, MemberState.UP)

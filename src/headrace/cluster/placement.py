@@ -57,6 +57,13 @@ def possible_homes(everybody: Possible, samples: int) -> Possible:
     return everybody.those(up if up.any() else fit & (facts[:, Fact.STATE] == SUSPECT))
 
 
+def room_of(facts: Table) -> int:
+    """How many more samples workers that decode take, together."""
+    takes = (facts[:, Fact.STATE] == UP) | (facts[:, Fact.STATE] == SUSPECT)
+    takes &= (facts[:, Fact.DECODES] != 0) & (facts[:, Fact.IS_FULL] == 0)
+    return int((facts[takes, Fact.MOST_SAMPLES] - facts[takes, Fact.OPEN_SAMPLES]).sum())
+
+
 def possible_prefills(everybody: Possible, home: Member, policy: SplitPolicy) -> Possible:
     """Workers that may prefill for `home`, those of role prefill first.
 

@@ -135,6 +135,7 @@ class Member:
         self.stats, facts = stats, self.facts
         facts[Fact.QUEUED], facts[Fact.TOLD_S] = stats.queued_tokens, now
         facts[Fact.RUNNING], facts[Fact.HELD] = stats.running, stats.held_tokens
+        facts[Fact.PREFIX_QUERIES], facts[Fact.PREFIX_HITS] = stats.prefix_queries, stats.prefix_hits
         facts[Fact.HELD_SHARE] = stats.blocks_held / self.info.engine.num_blocks
         self.pace.stepped(stats, now)
 

@@ -64,7 +64,8 @@ class MetricsByModel(GatewayObserver, Collector):
         self._of[worker.engine.model].worker_became(worker, state)
 
     def step(self, worker_id: str, stats: StepStats) -> None:
-        self._workers[worker_id].step(worker_id, stats)
+        if worker_id in self._workers:  # else it is gone, and this was on its way
+            self._workers[worker_id].step(worker_id, stats)
 
     def replayed(self, request: GenerateRequest) -> None:
         self._of[request.model].replayed(request)

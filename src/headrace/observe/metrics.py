@@ -307,6 +307,8 @@ class Metrics(GatewayObserver, Collector):
             self._suspected.values[worker.role,] += 1
 
     def step(self, worker_id: str, stats: StepStats) -> None:
+        if worker_id not in self._counted:
+            return  # it is gone, and this was on its way
         self._last_stats[worker_id] = stats
         self._count_totals(worker_id, stats)
         if stats.rows:

@@ -9,6 +9,8 @@ with it, any fleet with as much cache in pieces can at best come near.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from headrace.engine.blocks import BlockPool
 
 
@@ -35,6 +37,21 @@ class _SharedPool(BlockPool):
         for pool in self._pools:
             if pool is not self:
                 pool._have(identity)
+
+    def release(self, blocks: Iterable[int]) -> None:
+        released = list(blocks)
+        used = [self._identity[block] for block in released]
+        super().release(released)
+        for pool in self._pools:
+            if pool is not self:
+                pool._used(used)
+
+    def _used(self, identities: Iterable[bytes | None]) -> None:
+        """Of these, let go last what is cached here: they were used elsewhere."""
+        for identity in identities:
+            block = None if identity is None else self.find(identity)
+            if block is not None and block in self._unheld:
+                self._unheld.move_to_end(block)
 
     def _have(self, identity: bytes) -> None:
         """Hold what another has filled, as if it had been computed here and given back."""

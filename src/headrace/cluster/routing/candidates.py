@@ -16,6 +16,9 @@ from headrace.cluster.facts import Column, Fact
 from headrace.cluster.placement import Possible
 from headrace.protocol.requests import GenerateRequest
 
+UNTRIED_S = 10.0
+"""What an idle worker showed longer ago than this is not held against who comes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -63,6 +66,12 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def untried(self, index: int) -> bool:
+        """Whether one of them has nothing to do, and has run no step for so long that it may be another
+        machine by now, or never was what is taken for granted of it."""
+        facts = self._facts[index]
+        return bool(facts[Fact.OPEN_SAMPLES] + facts[Fact.EXPORTS] == 0 and self.age_s[index] > UNTRIED_S)
 
     def computing_s(self, index: int, band: Band) -> tuple[float, float]:
         """What computing the prompt takes at one of them, and what is queued there that a request of this
