@@ -135,9 +135,9 @@ def test_a_simulated_request_is_explained_in_the_words_of_a_servers(tmp_path: Pa
 
 def test_all_requests_of_a_session_and_those_that_were_refused(tmp_path: Path) -> None:
     strict = (*EARLY, "--set", "qos.reject_on_slo_violation=true", "--set", "slo.ttft_ms=0.001")
-    code, out, _ = fleet(*strict, "--explain", "s0")
+    code, out, _ = fleet(*strict, "--explain", "s0", "--explain", "s1")
     assert code == 0
-    assert "request s0-0, " in out
+    assert "request s0-0, " in out  # the first of all: served, as nothing was known of its worker
     assert "refused  (the first token would take about" in out
 
 

@@ -7,6 +7,7 @@ there is hardly a moment before it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -23,6 +24,7 @@ def take_interrupts() -> None:
     """Let Ctrl-C end this process at once; where whoever started it has SIGINT ignored, it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+        atexit.register(_too_late)
 
 
 @contextlib.contextmanager
@@ -54,6 +56,12 @@ def leaving_on(*signals: signal.Signals) -> Iterator[None]:
 
 def _leave(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
+
+
+def _too_late() -> None:
+    """All is done, and the interpreter ends: it would give SIGINT back to the kernel, which kills."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(number: int, frame: object) -> NoReturn:
