@@ -222,6 +222,7 @@ def test_drain_ends_what_takes_too_long(kind: str) -> None:
         stream = house.gateway.submit(request("long", max_tokens=4000))
         await anext(stream)
         assert await house.gateway.drain(0.05, dismiss=("w",)) is False
+        assert [member.open_samples for member in house.gateway.registry] == [0]  # nor owes it anybody
         ((_, finish),) = (await collect(stream)).values()
         assert finish.error is not None
         assert finish.error.code is ErrorCode.UNAVAILABLE

@@ -236,8 +236,6 @@ class Gateway:
         if output.finish is not None and _is_workers_fault(output.finish):
             self._given_back(accepted, output.finish)
             return
-        if output.finish is not None and accepted.home is not None:
-            accepted.home.member.open_samples -= output.index in accepted.samples
         self.deliver(accepted, output, now, times)
 
     def _given_back(self, accepted: Accepted, finish: Finish) -> None:

@@ -130,7 +130,6 @@ class Handoffs:
         if finish is not None:  # its first token was its last
             self._desk.leave_prefill(accepted)
             self._desk.post(home.member, Cancel(home.name, output.index))
-            home.member.open_samples -= output.index in accepted.samples
             accepted.stage = Stage.AT_HOME
             self._desk.deliver(accepted, output, now, times)
             return

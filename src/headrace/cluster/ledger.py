@@ -146,8 +146,10 @@ class Ledger:
         return accepted
 
     def end(self, accepted: Accepted, index: int) -> None:
-        """One sample has ended; the request stays until it is struck off."""
+        """One sample has ended, whoever said so; the request stays until it is struck off."""
         del accepted.samples[index]
+        if accepted.home is not None:
+            accepted.home.member.open_samples -= 1
         accepted.ended.append(index)
         self._count(accepted, -1)
 
